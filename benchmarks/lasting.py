@@ -29,8 +29,8 @@ from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.benchmark.tiny_models import Experiment, Settings
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
-from moe_unlearn.data.corpus import runs as runs_of
 from moe_unlearn.files import write_json
+from moe_unlearn.runs.own_texts import own_texts
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
 
@@ -39,7 +39,6 @@ CORPUS = "builtin:pydoc"
 TUNED = (0, 1, 2)
 SETTINGS = dataclasses.replace(tiny_models.SIZES["test"], holdout=48)
 COMMON = ("batch_size=16", "retain_per_forget=1", "optimizer.lr=1e-3", "steps=40")
-SHARED = 8  # tokens in a row that a sampled text may not share with a forget document
 #: what is to be reached: distances to the retrained model's values, and shares of the target's
 GOAL = {"privleak": 10.0, "verbmem_f": 0.05, "knowmem_f": 0.05, "verbmem_r": 0.95, "knowmem_r": 0.95}
 KEYS = ("nll_f", "nll_r", "nll_h", "verbmem_f", "verbmem_r", "knowmem_f", "knowmem_r", "minkauc")
@@ -49,7 +48,8 @@ KEYS = ("nll_f", "nll_r", "nll_h", "verbmem_f", "verbmem_r", "knowmem_f", "knowm
 class Lever:
     """One point of the frontier: a recipe with overrides, and what lies beside a recipe.
 
-    `samples` texts that the model itself writes before unlearning join the retain rows, `rows` of them a step.
+    `samples` texts that the model itself writes before unlearning join the retain rows (`data.sampled`), and a step has
+    so many `rows` more.
     `falling` lets the step size fall to a twentieth, `averaged` measures the running average of the weights.
     """
 
@@ -86,34 +86,18 @@ def unseen_of(seed: int, settings: Settings = SETTINGS) -> list[Example]:
     return every[settings.forget :]
 
 
-def sampled(made: Experiment, count: int) -> list[Example]:
-    """Return texts that the target model writes at temperature 1, without those that repeat a forget document."""
-    tokenizer, draw = made.tokenizer, torch.Generator().manual_seed(made.seed)
-    forgotten = set().union(*(runs_of(example.input_ids, SHARED) for example in made.forget))
-    found: list[Example] = []
-    while len(found) < count:
-        rows = torch.full((64, 1), tokenizer.bos_token_id)
-        for _ in range(made.settings.max_length - 1):
-            with torch.no_grad():
-                probabilities = made.target(input_ids=rows, use_cache=False).logits[:, -1].softmax(-1)
-            rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=draw)], 1)
-        for row in rows.tolist():
-            ids = row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row
-            if len(ids) > 3 and forgotten.isdisjoint(runs_of(ids, SHARED)):
-                found.append(Example(ids, list(ids), 0))
-    return found[:count]
-
-
 def unlearned(made: Experiment, lever: Lever) -> nn.Module:
     """Return the target model after a run of the lever, in evaluation mode."""
     recipe = dataclasses.replace(Recipe.load(lever.recipe, [*COMMON, *lever.overrides]), seed=made.seed)
-    retain = made.retain_unlearn
+    model, sets = made.fresh_target(), {"forget": made.forget, "retain": made.retain_unlearn}
     if lever.samples:
-        share = max(1.0, (len(retain) + lever.rows) / len(made.forget))
-        recipe = dataclasses.replace(recipe, retain_per_forget=share)
-        retain = retain + sampled(made, lever.samples)
-    unseen = unseen_of(made.seed, made.settings) if recipe.forget.objective == "level" else None
-    run = Run(made.fresh_target(), made.tokenizer, recipe, made.forget, retain, unseen=unseen)
+        share = max(1.0, (len(made.retain_unlearn) + lever.rows) / len(made.forget))
+        settings = dataclasses.replace(recipe.data, sampled=lever.samples, max_length=made.settings.max_length)
+        recipe = dataclasses.replace(recipe, data=settings, retain_per_forget=share)
+        sets["sampled"] = own_texts(model, made.tokenizer, recipe, made.forget)
+    if recipe.forget.objective == "level":
+        sets["unseen"] = unseen_of(made.seed, made.settings)
+    run = Run(model, made.tokenizer, recipe, sets)
     step, average = UnlearnStep(run.model, recipe), None
     step.prepare(*map(run.batches, SIDES))
     for i in range(recipe.steps):

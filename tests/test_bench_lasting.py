@@ -75,7 +75,7 @@ def test_level_steers_by_its_unseen_documents(monkeypatch):
     with pytest.raises(Stopped) as found:
         lasting.unlearned(made, lasting.LEVERS["level"])
     [given] = found.value.args
-    assert given["unseen"] == ["unseen"] and "earlier" not in given
+    assert given["sets"] == {"forget": ["forget"], "retain": ["retain"], "unseen": ["unseen"]}
 
 
 def test_the_section_names_what_is_missed_and_says_whether_a_seed_was_kept_back(tmp_path):

@@ -21,7 +21,7 @@ from moe_unlearn.data import encode, load
 from moe_unlearn.lazy import Lazy
 from moe_unlearn.model import loading
 from moe_unlearn.runs import run as runs
-from moe_unlearn.runs.run import Run
+from moe_unlearn.runs.run import SIDES, Run
 from tests.support.command_line import arguments, saved
 from tests.support.own_code import add_own_code
 
@@ -87,7 +87,7 @@ def test_batches_go_to_the_models_device(folder, tmp_path, monkeypatch, verb):
 def test_a_micro_batch_is_on_the_models_device(folder):
     model, tokenizer = loading.load_model(folder / "model")
     sets = [encode(load(folder / f"{side}.jsonl"), tokenizer, 48) for side in ("forget", "retain")]
-    made = Run(model.to("meta"), tokenizer, Recipe.load("npo"), *sets).micro_batch(0)
+    made = Run(model.to("meta"), tokenizer, Recipe.load("npo"), dict(zip(SIDES, sets, strict=True))).micro_batch(0)
     assert {value.device.type for batch in made.values() for value in batch.values()} == {"meta"}
 
 

@@ -12,7 +12,7 @@ from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.model.head import decoder_of, final_hidden_states
 from moe_unlearn.model.packing import call_of, share_rows
 from moe_unlearn.model.states import layer_states
-from moe_unlearn.runs.run import Run
+from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer
@@ -207,7 +207,7 @@ def run_of(family, *overrides, lengths=(12, 4, 7, 20)):
     torch.manual_seed(0)
     made = recipe("graddiff", "batch_size=4", "steps=2", f"data.max_length={LIMIT}", *overrides)
     sides = (examples(*lengths, seed=seed) for seed in (1, 2))
-    return Run(TINY_MODELS[family](), train_tokenizer(["a b"], 260), made, *sides)
+    return Run(TINY_MODELS[family](), train_tokenizer(["a b"], 260), made, dict(zip(SIDES, sides, strict=True)))
 
 
 def test_a_recipe_asks_for_it(tmp_path):

@@ -21,7 +21,8 @@ SMALL = tiny_models.Settings(hidden_size=16, intermediate_size=8, layers=1, head
 
 def run_of(*overrides, recipe="npo", forget=EXAMPLES[:5], retain=EXAMPLES[5:], seed=0):
     made = Recipe.load(recipe, ["batch_size=2", "steps=2", f"seed={seed}", *overrides])
-    return Run(tiny_models.tiny_olmoe(len(TOKENIZER), settings=SMALL), TOKENIZER, made, forget, retain)
+    model = tiny_models.tiny_olmoe(len(TOKENIZER), settings=SMALL)
+    return Run(model, TOKENIZER, made, {"forget": forget, "retain": retain})
 
 
 def order(run, count):

@@ -158,7 +158,7 @@ def _run(
     source: "_Source", trained: Sets, sets: Sets, recipe: Recipe, asked: Sequence[Metric], on_step: OnStep
 ) -> dict[str, float]:
     torch.manual_seed(recipe.seed)
-    run = Run(source.fresh(), source.tokenizer, recipe, **trained)
+    run = Run(source.fresh(), source.tokenizer, recipe, trained)
     step, seconds = _unlearn(run, on_step)
     values = _measure(run.model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
     counted = step.prepared.frequencies

@@ -47,7 +47,7 @@ def of_mesh(
 ) -> Plan:
     """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
     assert recipe.data.model is not None
-    forget, retain = sets["forget"], held(recipe, sets["retain"], sets.get("earlier", ()))
+    forget, retain = sets["forget"], held(recipe, sets)
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
     collator = pair_collator(recipe, tokenizer, forget, None, sets.get("unseen"))
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]

@@ -22,6 +22,7 @@ from moe_unlearn.runs.folder import check_unused, dated
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.measured import retrained
 from moe_unlearn.runs.names import PAGES
+from moe_unlearn.runs.own_texts import assumed
 from moe_unlearn.runs.run import Run
 from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.runs.unlearn import Before, unlearn
@@ -87,6 +88,8 @@ def _run(
     data.check_unseen(sets)
     if recipe.data.earlier:
         sets["earlier"] = earlier_of(recipe, tokenizer, sets["forget"], reports, cache=options.cache)
+    if options.dry_run:
+        sets["sampled"] = assumed(recipe)
     retrain = None
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
@@ -96,7 +99,7 @@ def _run(
     model, _ = loading.load_model(recipe.data.model, how)
     require_moe(model)
     if options.dry_run:
-        plan.show(options, plan.of_weights(options, Run.of_sets(model, tokenizer, recipe, sets)))
+        plan.show(options, plan.of_weights(options, Run(model, tokenizer, recipe, sets)))
         return
     if base is not None:
         delta.check_saved(model, base)

@@ -208,8 +208,10 @@ class Data:
     names what former requests forgot: its rows join the retain rows, and a retain loss that compares with the model the
     request starts from holds them as they are. `seam` says how a prompt and its answer are told apart: "joint", or
     "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
-    that many are drawn; a plan without documents assumes these numbers. `packing` lets the rows of a micro-batch share
-    rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
+    that many are drawn; a plan without documents assumes these numbers. `sampled` texts of the model's own (see
+    `runs.own_texts`) join the retain rows and protect what these do not show. `packing` lets the rows of a micro-batch
+    share rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by
+    rounding.
     """
 
     model: str | None = None  # folder of the model
@@ -230,6 +232,7 @@ class Data:
     seam: str = "joint"  # how prompt and answer are told apart
     forget_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
     retain_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
+    sampled: int = 0  # texts that the model itself writes before the first step, which join the retain rows
 
     def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
@@ -256,6 +259,7 @@ class Data:
         for name in ("forget_rows", "retain_rows"):
             if getattr(self, name) is not None:
                 above(f"data.{name}", getattr(self, name), 0)
+        at_least("data.sampled", self.sampled, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

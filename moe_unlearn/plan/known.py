@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import offload
-from moe_unlearn.config import COMPARE_COMPANIONS
+from moe_unlearn.config import COMPARE_COMPANIONS, Data
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
@@ -51,6 +51,11 @@ def device_of(view: StepView) -> torch.device:
     if device.type != "meta":
         return device
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def retain_rows(settings: Data) -> int:
+    """Return how many retain rows a plan without documents assumes, the model's own texts among them."""
+    return (settings.retain_rows or 0) + settings.sampled
 
 
 def largest(batches: Sequence[Batch], device: torch.device) -> Batch:
@@ -145,7 +150,7 @@ def cache_bytes(
         assumed = (rows or 0) * recipe.data.max_length
         return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
 
-    forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, recipe.data.retain_rows)
+    forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, retain_rows(recipe.data))
     weights = reference = 0
     if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
         weights = retained * _LOGPROB_BYTES

@@ -32,6 +32,7 @@ from moe_unlearn.plan.known import (
     largest,
     of_routers,
     on_host,
+    retain_rows,
     state_bytes,
 )
 from moe_unlearn.plan.mask import mask_at_most, mask_plan
@@ -317,7 +318,7 @@ def _largest(given: Sequence[Batch], recipe: Recipe, device: torch.device) -> Ba
 
 def _data(recipe: Recipe, forget: Sequence[Batch], retain: Sequence[Batch]) -> str:
     """Describe the rows of both sides, given or the recipe's, and how many epochs the recipe's steps are."""
-    sides = {"forget": (forget, recipe.data.forget_rows), "retain": (retain, recipe.data.retain_rows)}
+    sides = {"forget": (forget, recipe.data.forget_rows), "retain": (retain, retain_rows(recipe.data))}
     rows = {side: sum(len(b["input_ids"]) for b in given) or stated for side, (given, stated) in sides.items()}
     text = ", ".join(f"{count:,} {side} rows" for side, count in rows.items() if count)
     if rows["forget"]:

@@ -83,9 +83,10 @@ class Measured:
 def _by_keyword(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
     """Return the sets that metrics are of, by the keywords of `metrics.evaluate`.
 
-    Rows of the retain side that training does not see are `retain` there. Text that `level` steers by and what earlier
-    requests forgot are measured nowhere.
+    Rows of the retain side that training does not see are `retain` there. Text that `level` steers by, what earlier
+    requests forgot and what the model itself wrote are measured nowhere.
     """
-    measured: dict[str, Any] = {side: rows for side, rows in sets.items() if side not in ("earlier", "unseen")}
+    apart = ("earlier", "unseen", "sampled")
+    measured: dict[str, Any] = {side: rows for side, rows in sets.items() if side not in apart}
     held_out = measured.pop("retain_eval", ())
     return measured | {"retain": held_out, "seen": sets["retain"]} if held_out else measured

@@ -43,20 +43,21 @@ def room(device: torch.device) -> float:
     return float(free + torch.cuda.memory_reserved(device))
 
 
-def held(recipe: Recipe, retain: Sequence[Example], earlier: Sequence[Example]) -> Sequence[Example]:
-    """Return the rows that a run holds: those drawn of the retain set, and all that earlier requests forgot."""
-    drawn = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
-    return [*drawn, *earlier] if earlier else drawn
+def held(recipe: Recipe, sets: Mapping[str, Sequence[Example]]) -> Sequence[Example]:
+    """Return the rows that a run holds: those drawn of "retain", and all of "earlier" and of "sampled"."""
+    drawn = data.draw(sets["retain"], recipe.data.retain_rows, seed=recipe.seed)
+    others = [*sets.get("earlier", ()), *sets.get("sampled", ())]
+    return [*drawn, *others] if others else drawn
 
 
 class Run:
-    """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
+    """A recipe on a model and sets of examples, put together once for whoever plans it or makes its steps.
 
     A recipe with an adapter puts it on the model (`model.adapters.adapted`), which is `model` of the run then.
     Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
-    `earlier` are those of former requests (`data.earlier`), all of which join the retain rows; the objective `level`
-    steers by `unseen` ones. Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one
-    carries no loss.
+    `sets` has "forget" and "retain", and perhaps "earlier", those of former requests (`data.earlier`), and "sampled",
+    the model's own texts (`own_texts`), all of which join the retain rows, and "unseen", which the objective `level`
+    steers by. Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
     """
 
     def __init__(
@@ -64,17 +65,13 @@ class Run:
         model: nn.Module,
         tokenizer: Tokenizer,
         recipe: Recipe,
-        forget: Sequence[Example],
-        retain: Sequence[Example],
-        *,
-        earlier: Sequence[Example] = (),
-        unseen: Sequence[Example] | None = None,
+        sets: Mapping[str, Sequence[Example]],
     ):
         self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
         if recipe.survive is not None:
             survive.check_holdable(self.model)
-        forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
-        retain = held(recipe, retain, earlier)
+        forget = data.draw(sets["forget"], recipe.data.forget_rows, seed=recipe.seed)
+        retain, unseen = held(recipe, sets), sets.get("unseen")
         #: what the steps are made on, by side
         self.trained = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
         self.pairs = data.ForgetRetainDataset(
@@ -86,14 +83,6 @@ class Run:
                 raise ValueError(
                     f"the {side} set carries no loss: all its labels are -100: give texts longer than their prompts"
                 )
-
-    @classmethod
-    def of_sets(
-        cls, model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, sets: Mapping[str, Sequence[Example]]
-    ) -> "Run":
-        """Return the run on examples by side: "forget" and "retain", and perhaps "earlier" and "unseen"."""
-        earlier, unseen = sets.get("earlier", ()), sets.get("unseen")
-        return cls(model, tokenizer, recipe, sets["forget"], sets["retain"], earlier=earlier, unseen=unseen)
 
     def batches(self, side: str) -> Sequence[Batch]:
         """Return one side in batches of the recipe's size on the model's device, every example once and in order.

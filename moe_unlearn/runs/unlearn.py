@@ -20,6 +20,7 @@ from moe_unlearn.runs import folder
 from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
 from moe_unlearn.runs.measured import Measured
+from moe_unlearn.runs.own_texts import own_texts
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.runs.seen import SAMPLES
 from moe_unlearn.runs.summary import Summary, check_name
@@ -84,7 +85,8 @@ def unlearn(
     known = Before() if known is None else known
     if existing == "refuse":
         on_first(partial(folder.check_unused, out))
-    run = Run.of_sets(model, tokenizer, recipe, sets)
+    sets = {**sets, "sampled": own_texts(model, tokenizer, recipe, sets["forget"])}
+    run = Run(model, tokenizer, recipe, sets)
     run.checkpoint_activations()
     make_private(out)
     trainer = run.trainer(

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 def run_of(folder, *overrides, how=None):
     model, tokenizer = load_model(folder / "model", how)
     sets = [encode(load(folder / f"{side}.jsonl"), tokenizer, 48) for side in ("forget", "retain")]
-    return runs.Run(model, tokenizer, Recipe.load("npo", overrides), *sets)
+    return runs.Run(model, tokenizer, Recipe.load("npo", overrides), dict(zip(runs.SIDES, sets, strict=True)))
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def trained():
 def request(model, made, number, *, at_hand, cache):
     """Make a request on the model as it is; return the first step's retain loss, a KL to the request's own start."""
     earlier = sum(made.groups[:at_hand], [])
-    run = Run(model, made.tokenizer, Recipe.from_dict(RECIPE), made.groups[number], made.retain, earlier=earlier)
+    sets = {"forget": made.groups[number], "retain": made.retain, "earlier": earlier}
+    run = Run(model, made.tokenizer, Recipe.from_dict(RECIPE), sets)
     step, losses = UnlearnStep(model, run.recipe), []
     step.prepare(run.batches("forget"), run.batches("retain"), cache_dir=cache)
     for i in range(60):
@@ -116,7 +117,8 @@ def test_what_would_teach_earlier_rows_again_is_refused(changed):
 
 def test_earlier_rows_join_those_drawn_of_the_retain_set(trained):
     recipe = Recipe.from_dict(RECIPE | {"data": {"retain_rows": 3}})
-    run = Run(trained.model, trained.tokenizer, recipe, trained.groups[1], trained.retain, earlier=trained.groups[0])
+    sets = {"forget": trained.groups[1], "retain": trained.retain, "earlier": trained.groups[0]}
+    run = Run(trained.model, trained.tokenizer, recipe, sets)
     assert len(run.pairs.retain) == 3 + len(trained.groups[0])
     assert run.pairs.retain[3:] == trained.groups[0] and torch.is_tensor(run.batches("retain")[0]["input_ids"])
 
