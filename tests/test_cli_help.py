@@ -8,7 +8,7 @@ import pytest
 
 from moe_unlearn import __version__, audit, backend, masks, metrics
 from moe_unlearn.cli import arguments, evaluate, options
-from moe_unlearn.cli.main import VERBS, _parser
+from moe_unlearn.cli.main import VERBS, _parser, main
 from moe_unlearn.model import loading
 from moe_unlearn.regress import arguments as of_kernels
 from moe_unlearn.regress import selftest
@@ -61,6 +61,35 @@ def test_every_option_and_every_verb_says_what_it_is():
             else:
                 told = action.help or ""
                 assert len(told.split()) >= 3, f"{parser.prog} {action.dest}: {told!r}"
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["run", "npo", "--max-length", "48"], "--set data.max_length=48"),
+        (["run", "npo", "--lr=1e-5", "--steps", "4"], "--set optimizer.lr=1e-5, --steps is a key"),
+        (["run", "npo", "--optimizer.lr", "1e-5"], "--set optimizer.lr=1e-5;"),
+        (["run", "npo", "--official"], "--set wagle.official=VALUE"),
+        (["sweep", "npo", "--grid", "seed=1", "--out", "o", "--steps", "4"], "--set steps=4"),
+        (["show", "npo", "--keep", "0.5"], "--set wagle.keep=0.5"),
+        (["run", "npo", "--retian", "r"], "did you mean --retain?"),
+        (["eval", "--model", "m", "--max-lenght", "4"], "did you mean --max-length?"),
+        (["eval", "--model", "m", "--lr", "4"], "unrecognized arguments: --lr 4; see moe-unlearn eval --help"),
+    ],
+)
+def test_an_unknown_option_is_told_in_one_line_with_the_key_or_option_that_was_meant(words, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"moe-unlearn {words[0]}: error: unrecognized arguments: --")
+    assert hint in told and told.count("\n") == 1
+
+
+def test_a_missing_option_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["stats"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and "--model" in told and "stats --help" in told
 
 
 def test_what_a_verb_is_about_is_what_its_function_does():

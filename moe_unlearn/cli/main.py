@@ -25,6 +25,7 @@ from moe_unlearn import progress
 from moe_unlearn.cli import options as of
 from moe_unlearn.cli import paths
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
+from moe_unlearn.cli.parser import Parser, parsed
 from moe_unlearn.errors import (
     MissingLibraryError,
     NonFiniteError,
@@ -201,7 +202,7 @@ def _chosen(arguments: Sequence[str] | None) -> Command:
     if _COMPLETING in os.environ:
         importlib.import_module("argcomplete").autocomplete(_parser())  # which ends the process
     parser = _parser(next((word for word in given if not word.startswith("-")), ""))
-    options = parser.parse_args(given)
+    options = parsed(parser, given)
     for name, value in vars(options).items():
         # as of a shell variable that is not set
         if value == "" and name != "system" or isinstance(value, list) and "" in value:
@@ -246,9 +247,9 @@ def _form_of(options: argparse.Namespace) -> progress.Form:
     return progress.Form(bars, getattr(options, "log_every", 0), getattr(options, "json_lines", False))
 
 
-def _parser(only: str | None = None) -> argparse.ArgumentParser:
+def _parser(only: str | None = None) -> Parser:
     """Return the parser, which knows the options of all verbs, or those of `only` one."""
-    parser = argparse.ArgumentParser(prog="moe-unlearn", description="Unlearn Mixture-of-Experts models.")
+    parser = Parser(prog="moe-unlearn", description="Unlearn Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {moe_unlearn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for verb in _VERBS:
