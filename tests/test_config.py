@@ -131,8 +131,26 @@ HOSTILE = {
 def test_hostile_files(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         Recipe.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("steps: 1\nforget: [1, 2\nname: x\n", "line 3: expected ',' or ']', but got ':'"),
+        ("steps: 1\n\nseed: 0\nsteps: 2\n", "line 4: duplicate key 'steps' in recipe"),
+        ("name: a\nsteps: &a 1\nseed: *a\n", "line 3: YAML aliases are not allowed in a recipe"),
+        ("name: a\n\x07\n", "unacceptable character"),
+    ],
+)
+def test_what_is_no_yaml_is_told_in_one_line_with_file_and_line(text, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        Recipe.load(tmp_path / "mine.yaml")
+    told = str(error.value)
+    assert told.startswith(f"{tmp_path / 'mine.yaml'}: not a YAML recipe: ") and message in told and "\n" not in told
 
 
 def test_missing_file_names_the_shipped_recipes(tmp_path):

@@ -24,24 +24,35 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            raise ValueError(f"YAML aliases are not allowed in a recipe{self.peek_event().start_mark}")
+            raise ValueError(f"{_line(self.peek_event().start_mark)}: YAML aliases are not allowed in a recipe")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"duplicate key {key!r} in recipe{node.start_mark}")
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise ValueError(f"{_line(node.value[i][0].start_mark)}: duplicate key {key!r} in recipe")
         values: dict = super().construct_mapping(node, deep)
         return values
+
+
+def _line(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}"
+
+
+def _told(error: Exception) -> str:
+    """Return one line about what is wrong with a text, where the parser has several."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{_line(error.problem_mark)}: {error.problem or error.context}"
+    return " ".join(str(error).split())
 
 
 def parse(path: Traversable, source: str | Path) -> dict:
     """Read the mapping of a YAML file; raise ValueError that names `source` for anything else."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{source}: not a YAML recipe: {error}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{source}: not a YAML recipe: {_told(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source}: a recipe is a mapping of keys; got {type(values).__name__}")
     return values
@@ -68,9 +79,9 @@ def override(values: dict, text: str) -> None:
         values = values[key]
     try:
         values[last] = yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         shown = text if len(text) < 200 else f"{text[:200]}..."
-        raise ValueError(f"override {shown!r}: the value is not YAML: {error}") from error
+        raise ValueError(f"override {shown!r}: the value is not YAML: {_told(error)}") from error
 
 
 SWITCHES = ("checkpointing",)  # keys with the words on and off, which YAML 1.1 reads as true and false
