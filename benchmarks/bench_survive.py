@@ -41,7 +41,7 @@ STEPS, LEVEL = 120, 4.0  # a run ends where the forget rows' NLL reaches the lev
 
 
 class Measure:
-    """Measures the NLL of the forget rows, and of the retain rows that unlearning saw and did not see."""
+    """Measures the NLL of the forget rows, and of the retain rows that unlearning saw and that were held out."""
 
     def __init__(self, **sides: list[data.Example]):
         self.sides = sides
@@ -74,7 +74,7 @@ def of_seed(seed: int) -> dict[str, dict[str, float]]:
         name=f"seed {seed}",
     )
     cut = round(SETTINGS.unlearn_share * len(retain))
-    measure = Measure(forget=forget, seen=retain[:cut], unseen=retain[cut:])
+    measure = Measure(forget=forget, seen=retain[:cut], held_out=retain[cut:])
     recipe = Recipe.from_dict(RECIPE | {"seed": seed})
     assert recipe.survive is not None
     grid = survive.grid_of(recipe.survive)

@@ -38,7 +38,7 @@ _MEASURED = ("nll", "verbmem", "knowmem")
 def measure(recipe: str, mode: str, seed: int) -> dict[str, Any]:
     """Unlearn once on the models of a seed and return the row of the record."""
     made = tiny_models.prepare_experiment(seed=seed)
-    rows = {"seen": made.retain_unlearn, "unseen": made.retain_eval}
+    rows = {"seen": made.retain_unlearn, "held_out": made.retain_eval}
     pad = data.pad_token_id(made.tokenizer)
     batches = {name: list(data.batches(own, 64, pad_id=pad)) for name, own in rows.items()}
     before = {name: routers.routes(made.target, own) for name, own in batches.items()}

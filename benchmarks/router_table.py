@@ -21,15 +21,15 @@ def table(results: Path = RESULTS) -> str:
         f"`python -m benchmarks.router_lever` on the demo's tiny models, seed {run['rows'][0]['seed']}, torch "
         f"{where['versions']['torch']}, commit {(where['commit'] or 'unknown')[:9]} (`benchmarks/results/{FILE}`). "
         "Routing stability is the share of retain tokens, over all layers, whose set of experts is that of the model "
-        "before; of rows that unlearning saw, and of others. What former routers and former routes bring back is in "
-        "nats a token of the forget documents.",
+        "before; of rows that unlearning saw, and of rows held out. What former routers and former routes bring back "
+        "is in nats a token of the forget documents.",
         "",
-        "| recipe | routers | stability, seen | unseen | VerbMem forget | retain | KnowMem forget | retain | "
+        "| recipe | routers | stability, seen | held out | VerbMem forget | retain | KnowMem forget | retain | "
         "routers bring back | routes bring back |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(run["rows"], key=lambda row: RECIPES.index(row["recipe"])):
-        cells = [f"{100 * row[f'stability_{name}']:.1f} %" for name in ("seen", "unseen")]
+        cells = [f"{100 * row[f'stability_{name}']:.1f} %" for name in ("seen", "held_out")]
         cells += [f"{row[name]:.3f}" for name in ("verbmem_f", "verbmem_r", "knowmem_f", "knowmem_r")]
         cells += [f"{row[f'{of} bring back']:+.3f}" for of in ATTACKS.values()]
         lines.append(f"| {row['recipe']} | {row['mode']} | {' | '.join(cells)} |")

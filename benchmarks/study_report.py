@@ -24,7 +24,7 @@ from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a bac
 
 LEVEL = "retrain"
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2682a", "#8a8a8a"
-#: metric -> its name; utilities are of unseen retain documents
+#: metric -> its name; utilities are of retain documents held out
 UTILITIES = {
     "verbmem_r": "VerbMem",
     "knowmem_r": "KnowMem",

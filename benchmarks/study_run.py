@@ -7,7 +7,7 @@ VerbMem, so runs are compared at one level of forgetting and not at one number o
 A step sees all forget documents and all retain documents that unlearning may see.
 
 "Critical" experts are those that TRACE selects at its default thresholds in the unchanged target model, whatever the
-recipe. "Critical tokens" are the unseen retain tokens that use one of these experts there.
+recipe. "Critical tokens" are the tokens of retain documents held out that use one of these experts there.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def measure_models(made: Experiment) -> dict:
 
 
 def measure(model: nn.Module, made: Experiment, selected: Tensor) -> dict[str, float]:
-    """Measure memory of the forget and utility of the unseen retain documents; `_c` means critical tokens only."""
+    """Measure memory of the forget and utility of the retain documents held out; `_c` means critical tokens only."""
     scored = {
         side: metrics.token_scores(model, getattr(made, side), batch_size=BATCH)
         for side in ("forget", "retain_eval", "holdout")

@@ -8,7 +8,7 @@ from benchmarks.study_reading import clear, interval, paired
 
 FILE = RESULTS / "survive.jsonl"
 KINDS = ("learned", "plain", "plain, rounded", "held", "held, rounded")
-METRICS = {"forget": "forget rows", "seen": "retain rows, seen", "unseen": "retain rows, unseen"}
+METRICS = {"forget": "forget rows", "seen": "retain rows, seen", "held_out": "retain rows, held out"}
 
 
 def generated() -> str:

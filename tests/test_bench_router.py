@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 
 def test_a_row_of_the_record_is_a_row_of_the_table(tmp_path):
     assert router_table.table(tmp_path) == "No run is recorded yet."
-    row = {"recipe": "mollm", "mode": "invariant", "seed": 7, "stability_seen": 0.987, "stability_unseen": 0.5,
+    row = {"recipe": "mollm", "mode": "invariant", "seed": 7, "stability_seen": 0.987, "stability_held_out": 0.5,
            "verbmem_f": 0.1, "verbmem_r": 0.9, "knowmem_f": 0.2, "knowmem_r": 0.8,
            "former routers bring back": 0.07, "former routes bring back": -0.2}  # fmt: skip
     record = {"stamp": {"versions": {"torch": "2.13.0"}, "commit": None}, "rows": [row]}
