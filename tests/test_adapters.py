@@ -43,6 +43,7 @@ def error_of(capsys):
 
 
 @pytest.mark.quick
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("targets", ["attention", "experts", "all"])
 def test_the_adapter_is_pefts_on_the_layers_asked_for(targets):
     model = adapted(tiny_olmoe(), recipe("adapter.r=2", "adapter.alpha=6", f"adapter.targets={targets}"))

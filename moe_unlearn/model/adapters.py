@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.model.modes import put_in_mode
+from moe_unlearn.model.modes import put_in_mode, renamed_quietly
 from moe_unlearn.model.saving import has_adapters
 from moe_unlearn.ranks import sharded
 
@@ -59,7 +59,8 @@ def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # PEFT draws on the CPU; GPUs' generators stay as they are
-        made: nn.Module = get_peft_model(model, settings)
+        with renamed_quietly():
+            made: nn.Module = get_peft_model(model, settings)
     put_in_mode(made, training, but=known)
     return made
 

@@ -30,6 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from moe_unlearn.config import geometry, models
 from moe_unlearn.delta.folder import OTHER_FORMS
 from moe_unlearn.model.adapters import check_peft
+from moe_unlearn.model.modes import renamed_quietly
 from moe_unlearn.model.one_copy import read_in_turn
 from moe_unlearn.model.whole import named, whole_model
 from moe_unlearn.sharding import check_versions, initialised
@@ -222,7 +223,7 @@ def _with_adapter(model: PreTrainedModel, source: str | Path) -> PreTrainedModel
     # imported here because peft is optional
     from peft import PeftModel
 
-    with named(source, "the adapter"), warnings.catch_warnings():
+    with named(source, "the adapter"), renamed_quietly(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         made: Any = PeftModel.from_pretrained(model, str(source), is_trainable=True, torch_device=str(model.device))
     adapted: PreTrainedModel = made.eval()

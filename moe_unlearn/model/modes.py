@@ -4,8 +4,10 @@ No other module switches these. Afterwards everything is as the model's owner ha
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +57,22 @@ def copy_modes(source: nn.Module, target: nn.Module) -> None:
     flags = {name: module.training for name, module in source.named_modules()}
     for name, module in target.named_modules():
         module.training = flags[name]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Switch on transformers' checkpoints of activations, which keep the graph; ValueError for a model without them."""
+    switched: Any = model
+    # the second is what older versions of transformers call it
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(switched, next(name for name in names if hasattr(switched, name)))({"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def renamed_quietly() -> Iterator[None]:
+    """Keep from the user what PEFT is told inside: it asks a model by a name that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_unlearn.model.modes import copy_modes
+from moe_unlearn.model.modes import copy_modes, renamed_quietly
 from moe_unlearn.model.saving import has_adapters
 
 
@@ -47,7 +47,8 @@ def _made(model: Any) -> Any:
     from peft import get_peft_model
 
     (first, settings), *others = copy.deepcopy(model.peft_config).items()
-    adapted: Any = get_peft_model(made, settings, first, autocast_adapter_dtype=False)
+    with renamed_quietly():
+        adapted: Any = get_peft_model(made, settings, first, autocast_adapter_dtype=False)
     for name, more in others:
         adapted.add_adapter(name, more)
     adapted.set_adapter(model.active_adapter)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.model.batch_sets import all_checked
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.loading import unloaded
-from moe_unlearn.model.modes import training_mode
+from moe_unlearn.model.modes import checkpoint_activations, training_mode
 from moe_unlearn.plan.knobs import Search, changed
 from moe_unlearn.plan.known import at_least
 from moe_unlearn.plan.mesh import Mesh
@@ -45,8 +44,7 @@ class Unloaded:
 
             def step_on(model: nn.Module) -> Step:
                 if recipe.checkpointing == "on":
-                    switched: Any = model
-                    switched.gradient_checkpointing_enable({"use_reentrant": False})
+                    checkpoint_activations(model)
                     inside.enter_context(training_mode(model))
                 return self.step_of(model, recipe)
 

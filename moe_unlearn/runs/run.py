@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -21,7 +20,7 @@ from moe_unlearn.lazy import each
 from moe_unlearn.model import loading
 from moe_unlearn.model.adapters import adapted
 from moe_unlearn.model.batches import Batch, beside
-from moe_unlearn.model.modes import training_mode
+from moe_unlearn.model.modes import checkpoint_activations, training_mode
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.advice import Unloaded
 from moe_unlearn.plan.mesh import mesh_of
@@ -137,8 +136,7 @@ class Run:
             if step is not None:
                 step.close()
         if on:
-            switched: Any = self.model
-            switched.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.model)
         return on
 
     def _peak(self, step: UnlearnStep | None) -> int:
