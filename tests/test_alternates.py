@@ -149,7 +149,10 @@ def test_what_cannot_be_done_is_said_before_the_model_writes(model, source, tmp_
         assert ended.value.code == 2
         assert f"expected a whole number of at least 1; got '{size}'" in capsys.readouterr().err
     assert main([*common, out, "--new-tokens", "600"]) == 2
-    assert "leave room for a prompt in the model's 512; got 600" in capsys.readouterr().err
+    assert (
+        "a prompt in the model's context of 512; got 600: ask for shorter alternates (--new-tokens)"
+        in capsys.readouterr().err
+    )
     (tmp_path / "file").touch()
     for bad, told in (
         (tmp_path / "file" / "made.jsonl", "--out cannot be written"),

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from moe_unlearn import progress
 from moe_unlearn.audit import inside, interpolation, plain, prompts, relearning, rounding, routing, verdict
 from moe_unlearn.audit.attack import Attack, Outcome, Settings, Sides, Target, reading
 from moe_unlearn.audit.documents import Chosen, choose
@@ -272,7 +273,7 @@ class _Audit:
         """Return the outcome of each attack for which there is time; note in `not_tested` why others have none."""
         run, digest = self._evaluation(model, "attack"), model_digest(former)
         target, found = self._target(model, former), {}
-        for name in attacks:
+        for name in progress.watched(attacks, f"{whose}audit", "attack"):
             attack = ATTACKS[name]
             if why := attack.why_not(target):
                 self.not_tested[name] = why

@@ -22,7 +22,7 @@ from moe_unlearn.benchmark.tiny_models import Experiment, Settings
 from moe_unlearn.config import Recipe
 from moe_unlearn.runs import report
 from moe_unlearn.runs.about import Cost, about
-from moe_unlearn.runs.seen import SAMPLES, TOKENS, paired_texts
+from moe_unlearn.runs.seen import SAMPLES, TOKENS, paired_texts, shown
 from moe_unlearn.runs.unlearn import routing_of
 
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
@@ -172,7 +172,8 @@ def _audited(name: str, model: nn.Module, made: Experiment, out: Path) -> dict[s
 
 def _sampled(model: nn.Module, made: Experiment) -> dict[str, Any]:
     """Return what the target and a run's model write after the prompts of a few rows."""
-    rows = {"forget": made.forget[:SAMPLES], "retain": made.retain_eval[:SAMPLES]}
+    sides = {"forget": made.forget, "retain": made.retain_eval}
+    rows = {side: shown(own, made.tokenizer, SAMPLES) for side, own in sides.items()}
     before, after = (
         {side: metrics.continuations(own, made.tokenizer, few, new_tokens=TOKENS) for side, few in rows.items()}
         for own in (made.target, model)

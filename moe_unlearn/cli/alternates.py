@@ -63,7 +63,10 @@ def generate_alternates(
     context = context_length(model)
     room = 2**31 if context is None else context - new_tokens + 1
     if room < 2:
-        raise ValueError(f"expected new_tokens to leave room for a prompt in the model's {context}; got {new_tokens}")
+        raise ValueError(
+            f"expected new_tokens to leave room for a prompt in the model's context of {context}; got {new_tokens}: "
+            "ask for shorter alternates (--new-tokens)"
+        )
     for number, document in enumerate(documents):
         try:
             prompts[number] = _prompt(document, tokenizer, room, chat, instruction)

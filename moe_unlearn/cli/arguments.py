@@ -40,10 +40,10 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
     for side, what in SIDES.items():
         sub.add_argument(f"--{side}", required=side in required, metavar="SOURCE", help=f"{what}: {SOURCE}")
     add_chat(sub)
-    sub.add_argument("--max-length", type=int, default=None, help="tokens per example, at most (default 512)")
+    sub.add_argument("--max-length", type=positive, default=None, help="tokens per example, at most (default 512)")
     sub.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=steps,
         default=0,
         help="tokens at the head of each row of a forget or holdout text that are its prompt",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import data
+from moe_unlearn import data, progress
 from moe_unlearn.audit import ATTACKS, Report, Settings
 from moe_unlearn.audit.documents import content_of
 from moe_unlearn.audit.report import NAMES
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
         minutes=options.budget,
         cache_dir=options.cache or out / "cache",
         batch_size=options.batch_size,
+        say=progress.say,
         settings=Settings(relearn_steps=options.relearn_steps, relearn_lr=options.relearn_lr, seed=options.seed),
     )
     _print(report, out)

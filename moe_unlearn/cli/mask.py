@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_unlearn import masks, wagle
+from moe_unlearn import masks, progress, wagle
 from moe_unlearn.cli import plan
 from moe_unlearn.cli.arguments import loading_of, sets_of, writable
 from moe_unlearn.cli.sides import batches_of, require_moe
@@ -36,7 +36,16 @@ def run(options: argparse.Namespace) -> None:
     with enable(model):
         batches = batches_of(options, model, tokenizer, sets_of(options, tokenizer))
         made = write_mask(options, model, **batches)
-    print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
+    why = "" if options.official else _why_fewer(made, options.keep)
+    print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}{why}); saved to {options.out}")
+
+
+def _why_fewer(made: WeightMask, keep: float) -> str:
+    """Return why a mask keeps fewer weights than asked, "" if it keeps as many."""
+    total = sum(math.prod(shape) for shape in made.shapes.values())
+    if made.fraction * total > keep * total - 1:
+        return ""
+    return "; the others have the score 0, as in experts that no token of a set reached, and never move"
 
 
 def write_mask(
@@ -72,7 +81,10 @@ def write_mask(
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Print what the package logs, such as how long a mask will take, to stderr inside."""
+    """Print what the package logs, such as how long a mask will take, to stderr inside; only warnings with --quiet."""
+    if not progress.form().bars:
+        yield  # logging itself prints warnings
+        return
     log, printed = logging.getLogger("moe_unlearn"), logging.StreamHandler(sys.stderr)
     before = log.level
     log.addHandler(printed)

@@ -70,7 +70,7 @@ def stats(sub: argparse.ArgumentParser) -> None:
     """Add the options of `stats`."""
     add_data(sub)
     add_packing(sub)
-    sub.add_argument("--per-layer", type=int, default=2, help="experts that TRACE selects in a layer, at most")
+    sub.add_argument("--per-layer", type=positive, default=2, help="experts that TRACE selects in a layer, at most")
     sub.add_argument(
         "--min-ratio", type=float, default=1.5, help="least forget frequency of a selected one, over its retain one"
     )
@@ -114,8 +114,8 @@ def alternates(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     sub.add_argument("--forget", required=True, metavar="SOURCE", help=f"{SIDES['forget']}: {SOURCE}")
     add_chat(sub)
-    sub.add_argument("--count", type=int, default=5, help="alternates for each question (default 5)")
-    sub.add_argument("--new-tokens", type=int, default=200, help="the most tokens of an alternate (default 200)")
+    sub.add_argument("--count", type=positive, default=5, help="alternates for each question (default 5)")
+    sub.add_argument("--new-tokens", type=positive, default=200, help="the most tokens of an alternate (default 200)")
     sub.add_argument("--temperature", type=float, default=1.0, help="temperature of the samples (default 1)")
     sub.add_argument("--seed", type=int, default=0, help="what decides the samples (default 0)")
     sub.add_argument("--instruction", default=INSTRUCTION, help="what the model is told behind question and answer")
@@ -224,8 +224,10 @@ def sweep(sub: argparse.ArgumentParser) -> None:
         "--seeds", type=positive, default=1, help="how many seeds each combination has, from the recipe's on"
     )
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys in all runs")
-    for name in ("model", "model-config", "forget", "retain", "retain-eval", "unseen", "holdout", "reference"):
+    for name in ("model", "model-config", "adapter", *SIDES, "retain-eval", "unseen", "reference"):
         sub.add_argument(f"--{name}", help="as for run")
+    sub.add_argument("--earlier", nargs="+", metavar="SOURCE", help="as for run")
+    sub.add_argument("--merge", action="store_true", help="as for run")
     sub.add_argument("--no-samples", action="store_true", help="keep texts of the documents out of the reports")
     add_loading(sub)
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after each run")
@@ -346,7 +348,7 @@ def report(sub: argparse.ArgumentParser) -> None:
 
 def purge(sub: argparse.ArgumentParser) -> None:
     """Add the options of `purge`."""
-    sub.add_argument("folder", metavar="RUN", help="the folder of a run, an evaluation or an audit")
+    sub.add_argument("folder", metavar="RUN", help="the folder of a run, a sweep, an evaluation or an audit")
     sub.add_argument("--cache", help="the folder that was its --cache, where the same is removed for all runs")
 
 

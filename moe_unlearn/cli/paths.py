@@ -37,7 +37,7 @@ VERBS = {
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
     "run": Paths(_RUN, ("out", "cache"), (*MADE, lock.NAME)),
-    "sweep": Paths(tuple(name for name in _RUN if name != "earlier"), ("out", "cache"), (*SWEEP, lock.NAME)),
+    "sweep": Paths(_RUN, ("out", "cache"), (*SWEEP, lock.NAME)),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
     "audit": Paths(("model", *_DATA, "reference", "before"), ("out", "cache"), AUDIT),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),

@@ -1,10 +1,11 @@
 """`moe-unlearn purge`: removes from the folder of a run what holds, or gives away, the text that was forgotten.
 
 The model stays, and so do numbers: settings, metrics, trajectories and figures. `REMOVED` says what goes; the report is
-written again without it.
+written again without it. Of a sweep all runs are purged.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -14,7 +15,8 @@ from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
 from moe_unlearn.runs import report
-from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS
+from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS, SWEEP
+from moe_unlearn.runs.sweep import Row
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
     "examples-*": "tokens of documents",
@@ -42,28 +44,54 @@ KEPT = (
     *(FACTS, MANIFEST, *RESULTS, *PAGES),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
     *AUDIT,
+    *SWEEP,
 )
-#: what a folder has to hold, one line of these, to be that of a run, of a demo, of an evaluation or an audit
-_SIGNS = (AUDIT, ("recipe.yaml", "batch.json"), ("seeds.json", "summary.json"), ("*_SETTINGS.json", "*_SUMMARY.json"))
+#: what a folder has to hold, one of these, to be that of an audit, a sweep, a run, a demo or an evaluation
+_SIGNS = (
+    AUDIT,
+    SWEEP[:1],
+    ("recipe.yaml", "batch.json"),
+    ("seeds.json", "summary.json"),
+    ("*_SETTINGS.json", "*_SUMMARY.json"),
+)
 
 
 def run(options: argparse.Namespace) -> None:
     """Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it."""
     folder = Path(options.folder)
     if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
-        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none: name its --out")
-    removed = [line for each in (folder, folder / "audit") if each.is_dir() for line in _purged(each, REMOVED)]
+        raise ValueError(
+            f"expected the folder of a run, a sweep, an evaluation or an audit; {folder} is none: name its --out"
+        )
+    runs = _runs_of(folder)
+    folders = [folder, *(folder / name for name in runs if (folder / name).is_dir())]
+    inside = [each for own in folders for each in (own, own / "audit") if each.is_dir()]
+    removed = [line for each in inside for line in _purged(each, REMOVED)]
+    removed += _purged(folder, {f"{name}.log": "what a run has printed" for name in runs})
     if options.cache:
         cache = Path(options.cache)
         if not cache.is_dir():
             raise ValueError(f"expected a folder that was a --cache; {cache} is none: name it, or leave --cache out")
         removed += _purged(cache, _CACHED)
-    removed += _rewritten(folder)
+    removed += [line for own in folders for line in _rewritten(own)]
     for line in removed:
         print(f"removed {line}")
-    for path in sorted(path for path in folder.iterdir() if not _matching(path, KEPT)):
+    left = [path for own in folders for path in own.iterdir() if path not in folders and not _matching(path, KEPT)]
+    for path in sorted(left):
         print(f"left {path}, which no run writes: look at it yourself")
     print(f"{len(removed)} removed; the model and numbers stay in {folder}")
+
+
+def _runs_of(folder: Path) -> list[str]:
+    """Return the names of the runs of a sweep's folder, none for any other; ValueError for a damaged sweep.json."""
+    path = folder / SWEEP[0]
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [Row(row["settings"], row["seed"]).name for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what a sweep writes: {error!r}; purge the folder of each run") from None
 
 
 def _rewritten(folder: Path) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moe_unlearn.page import grid
+from moe_unlearn.page.terminal import fitted
 from moe_unlearn.runs import report
 from moe_unlearn.runs.compare import FORMATS, Comparison
 
@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
     if len(folders) == 1:
         print(*report.write(folders[0], report.read(folders[0])), sep="\n")
     elif compared is not None:
-        print(*grid(*compared.table()), sep="\n")
+        print(*fitted(*compared.table()), sep="\n")
     for kind, path in wanted.items():
         assert compared is not None
         compared.write(kind, path)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from moe_unlearn.cli.rows import take_rows
 from moe_unlearn.cli.sides import require_moe
 from moe_unlearn.config import Recipe, models
 from moe_unlearn.model import loading
+from moe_unlearn.page.terminal import fitted
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import on_first
 from moe_unlearn.runs.folder import check_unused, dated
@@ -24,7 +24,7 @@ from moe_unlearn.runs.measured import retrained
 from moe_unlearn.runs.names import PAGES
 from moe_unlearn.runs.own_texts import assumed
 from moe_unlearn.runs.run import Run
-from moe_unlearn.runs.summary import check_name, table
+from moe_unlearn.runs.summary import check_name, tabular
 from moe_unlearn.runs.unlearn import Before, unlearn
 from moe_unlearn.trainer.arguments import checked
 
@@ -56,11 +56,11 @@ def run(options: argparse.Namespace) -> None:
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
+    new = options.out is None
     with ExitStack() as held:
         if not options.dry_run:
-            if options.out is None:
+            if new:
                 options.out = str(held.enter_context(dated(_RUNS, recipe.name)))
-                on_first(lambda: print(f"the run's folder is {options.out}", file=sys.stderr))
             writable(options.out, folder=True)
             own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
             sources = (own.forget, own.retain, str(own.retain_eval), own.unseen, own.holdout, *own.earlier)
@@ -68,11 +68,17 @@ def run(options: argparse.Namespace) -> None:
             on_first(lambda: held.enter_context(locked(Path(options.out))))
             if not (options.resume or options.overwrite):
                 on_first(partial(check_unused, Path(options.out)))
-        _run(options, recipe, how, mesh, base)
+        _run(options, recipe, how, mesh, base, new=new)
 
 
 def _run(
-    options: argparse.Namespace, recipe: Recipe, how: loading.Loading, mesh: Mesh | None, base: Path | None
+    options: argparse.Namespace,
+    recipe: Recipe,
+    how: loading.Loading,
+    mesh: Mesh | None,
+    base: Path | None,
+    *,
+    new: bool,
 ) -> None:
     """Plan or make the run of a recipe with model and data."""
     assert recipe.data.model is not None
@@ -104,9 +110,8 @@ def _run(
     if base is not None:
         delta.check_saved(model, base)
     shown = {"samples": 0} if options.no_samples else {}
-    before = Before(
-        loading.described(model, recipe.data.model, how), reports, retrain, command=options.command_line, **shown
-    )
+    loaded = loading.described(model, recipe.data.model, how)
+    before = Before(loaded, reports, retrain, command=options.command_line, new=new, **shown)
     out = Path(options.out)
     # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(
@@ -139,5 +144,5 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
 
 def print_run(out: Path, summary: dict) -> None:
     """Print the table of a finished run and the paths of its report, which is already written."""
-    print(table(summary))
+    print(*fitted(*tabular(summary)), sep="\n")
     print(*(out / name for name in PAGES), sep="\n")

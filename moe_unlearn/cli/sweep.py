@@ -5,17 +5,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moe_unlearn.cli import adapter
 from moe_unlearn.cli.arguments import writable
 from moe_unlearn.config import Recipe, models
 from moe_unlearn.files import make_private
-from moe_unlearn.page import grid
+from moe_unlearn.page.terminal import fitted
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.names import SWEEP
 from moe_unlearn.runs.sweep import Row, Sweep, grid_of, rows_of
 
 #: options that every run gets as they are given
 _SHARED = (
-    *("model", "model_config", "forget", "retain", "retain_eval", "unseen", "holdout", "reference"),
+    *("model", "model_config", "adapter", "merge"),
+    *("forget", "retain", "retain_eval", "unseen", "earlier", "holdout", "reference"),
     *("device", "dtype", "allow_weights", "trust_remote_code", "no_samples", "no_eval"),
 )
 
@@ -25,9 +27,10 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     shared = {name: getattr(options, name) for name in _SHARED}
     known = options.model_config if options.model_config in models() else None
+    given = [*adapter.overrides(options), *options.set]
 
     def recipe_of(overrides: list[str]) -> Recipe:
-        return Recipe.load(options.recipe, [*options.set, *overrides], model=known)
+        return Recipe.load(options.recipe, [*given, *overrides], model=known)
 
     def command(row: Row, folder: Path) -> list[str]:
         cache = options.cache or str(out / "cache")
@@ -37,8 +40,9 @@ def run(options: argparse.Namespace) -> int:
             *(*_given(shared), *existing, "--set", *options.set, *row.overrides),
         ]
 
-    base = Recipe.load(options.recipe, options.set, model=known)
-    rows = rows_of(grid_of(options.grid), range(base.seed, base.seed + options.seeds))
+    base = Recipe.load(options.recipe, given, model=known)
+    grid = grid_of(options.grid)
+    rows = rows_of(grid, range(base.seed, base.seed + options.seeds))
     of = {"recipe": options.recipe, "set": options.set, **{name: value for name, value in shared.items() if value}}
     of["values"] = base.to_dict()  # the file may be another one when the sweep goes on
     wanted = ("trajectory.json",) if options.no_eval else ("trajectory.json", "summary.json")
@@ -48,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         make_private(out)
         forms = [form for form in ("csv", "latex") if getattr(options, form)]
         sweep.run(options.jobs, forms=forms)
-    print(*grid(*sweep.table()), sep="\n")
+    print(*fitted(*sweep.table(), keys=len(grid)), sep="\n")
     print(*(out / name for name in SWEEP if (out / name).exists()), sep="\n")
     return 1 if sweep.failed else 0
 
@@ -58,5 +62,6 @@ def _given(shared: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in shared.items():
         if value:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            values = [] if value is True else value if isinstance(value, list) else [str(value)]
+            words += [f"--{name.replace('_', '-')}", *values]
     return words

@@ -250,6 +250,12 @@ def with_prompts(examples: Sequence[Example], prompt_tokens: int) -> list[tuple[
     return kept
 
 
+def goes_on(example: Example, tokenizer: Tokenizer, *, prompt_tokens: int = 16) -> bool:
+    """Return whether an example has text behind its prompt, and not special tokens or white space alone."""
+    rest = _until(example.input_ids[_cut(example, prompt_tokens) :], special_ids(tokenizer))
+    return bool(str(tokenizer.decode(rest)).strip())
+
+
 def _cut(example: Example, prompt_tokens: int) -> int:
     """Return where the prompt of an example ends: the masked one, or its first `prompt_tokens` tokens."""
     masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))

@@ -12,7 +12,7 @@ from moe_unlearn.page import Block, Document, Heading, Table
 from moe_unlearn.page.blocks import NOTHING
 from moe_unlearn.page.exports import comma_separated, latex
 from moe_unlearn.runs import figures, pages, report
-from moe_unlearn.runs.summary import COLUMNS, RUNS, Summary, cell, columns, heading, ordered
+from moe_unlearn.runs.summary import COLUMNS, RUNS, Summary, ordered, tabular
 
 FORMATS = ("markdown", "html", "json", "csv", "latex")
 _BOTH = ("target", "retrain")  # which runs have in common where their numbers are the same
@@ -42,9 +42,7 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return head and rows: a run a row, the usual metrics."""
-        keys = columns(self.summary)
-        rows = [[RUNS.get(run, run), *(cell(self.summary[run], key) for key in keys)] for run in ordered(self.summary)]
-        return ["run", *map(heading, keys)], rows
+        return tabular(self.summary)
 
     def differences(self) -> Table | None:
         """Return the keys of the recipes that differ, with the value of each run; None if none does."""

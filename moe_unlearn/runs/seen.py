@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_unlearn import trace
 from moe_unlearn.data import Example
 from moe_unlearn.metrics import Continuation, continuations
-from moe_unlearn.metrics.memorization import NothingToMeasureError
+from moe_unlearn.metrics.memorization import NothingToMeasureError, goes_on
 from moe_unlearn.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from moe_unlearn.runs.run import Run
 
 SAMPLES, TOKENS = 3, 64  # rows of a side that are shown, and tokens of their continuations
-_ROWS = 64  # of a side, whose routing is counted
+_ROWS = 64  # of a side, whose routing is counted, and among which those with texts are found
 
 Texts = Mapping[str, Sequence[Continuation | None]]
+
+
+def shown(rows: Sequence[Example], tokenizer: "Tokenizer", count: int) -> list[Example]:
+    """Return the first `count` of a side's first rows whose text goes on behind the prompt."""
+    first = (rows[i] for i in range(min(_ROWS, len(rows))))
+    return [*itertools.islice((row for row in first if goes_on(row, tokenizer)), count)]
 
 
 def paired_texts(before: Texts, after: Texts) -> dict[str, list[dict[str, str]]]:
@@ -44,7 +50,7 @@ class Seen:
     def __init__(self, run: "Run", tokenizer: "Tokenizer", samples: int, ranks: Ranks):
         self._run, self._tokenizer, self._ranks = run, tokenizer, ranks
         self._rows = {"forget": run.pairs.forget, "retain": run.pairs.retain}
-        self._shown = {side: [own[i] for i in range(min(samples, len(own)))] for side, own in self._rows.items()}
+        self._shown = {side: shown(own, tokenizer, samples) for side, own in self._rows.items()}
         self._texts = {side: self._continued(own) for side, own in self._shown.items()}
         self._routes = {side: self._frequencies(side) for side in self._rows}
 

@@ -150,12 +150,16 @@ def meanings(keys: Collection[str]) -> list[tuple[str, str]]:
     return [meaning for own, meaning in MEANINGS.items() if not set(own).isdisjoint(keys)]
 
 
-def table(summary: Summary, *, markdown: bool = False, keys: Sequence[str] = ()) -> str:
-    """Return the metrics as an aligned text or Markdown table; `keys` are the columns, by default the usual ones."""
+def tabular(summary: Summary, keys: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows, a run a row; `keys` are the columns, by default the usual ones that some run has."""
     keys = keys or columns(summary)
-    head = ["run", *(heading(key) for key in keys)]
     rows = [[RUNS.get(run, run), *(cell(summary[run], key) for key in keys)] for run in ordered(summary)]
-    return "\n".join(grid(head, rows, markdown=markdown))
+    return ["run", *map(heading, keys)], rows
+
+
+def table(summary: Summary, *, markdown: bool = False, keys: Sequence[str] = ()) -> str:
+    """Return the metrics as an aligned text or Markdown table of `tabular`."""
+    return "\n".join(grid(*tabular(summary, keys), markdown=markdown))
 
 
 def heading(key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import data, survive, trace
+from moe_unlearn import data, progress, survive, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import make_private, write_json, write_text
@@ -36,7 +36,8 @@ class Before:
 
     `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side,
     `retrain` has the metrics of the retrained model (`retrained`), `command` is the command line, and `samples` of how
-    many rows a side the report shows the texts before and after.
+    many rows a side the report shows the texts before and after. The name of a folder that is `new` is told once
+    nothing of model, recipe and data was refused.
     """
 
     loaded: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Before:
     retrain: dict[str, float] | None = None
     command: str = ""
     samples: int = SAMPLES
+    new: bool = False
 
 
 def unlearn(
@@ -107,6 +109,8 @@ def unlearn(
     checkpoint = trainer.checkpoint_of(resume)  # before anything is written: what is refused changes nothing
     clock = Clock.of_checkpoint(checkpoint)
     trainer.add_callback(clock)
+    if known.new:
+        progress.say(f"the run's folder is {out}")
     if checkpoint is None:
         with clock.running():
             trainer.prepare()

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from moe_unlearn import progress
 from moe_unlearn.audit import Settings, audit, figures
 from moe_unlearn.audit.attack import SIDES
 from moe_unlearn.audit.report import NAMES, write
@@ -93,10 +94,12 @@ def asked(folder, *more, **changed):
     return main(["audit", *(f"--{name}={folder / value}" for name, value in options.items()), "--max-length=64", *more])
 
 
-def test_the_command_line_goes_on_where_it_was(folder, capsys):
+def test_the_command_line_goes_on_where_it_was(folder, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)  # a line for every attack
     assert asked(folder, "--attacks", "plain") == 0
     told = capsys.readouterr()
     assert "Asked as it is" in told.out and "AUDIT.html" in told.out and "former model" in told.err
+    assert "audit: 1 of 1 (attack)" in told.err
     assert stat.S_IMODE((folder / "out").stat().st_mode) == 0o700
     content = json.loads((folder / "out" / "AUDIT.json").read_text(encoding="utf-8"))
     assert content["not_tested"]["rounding"] == "it was not asked for"
@@ -104,6 +107,7 @@ def test_the_command_line_goes_on_where_it_was(folder, capsys):
     assert len(kept) == 2  # of the model and of the one before
     assert asked(folder, "--attacks", "plain,rounding") == 0
     assert "former model: asked" not in capsys.readouterr().err  # known
+    assert asked(folder, "--attacks", "plain", "--quiet") == 0 and capsys.readouterr().err == ""
     assert set(kept) < set((folder / "out" / "cache").glob("result-*"))
     assert main(["purge", str(folder / "out")]) == 0
     assert {path.name for path in (folder / "out").iterdir()} == set(NAMES)

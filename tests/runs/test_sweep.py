@@ -119,6 +119,19 @@ def test_a_recipe_whose_file_was_changed_is_another_sweep(tmp_path, monkeypatch,
     assert "a sweep of something else: values.forget.beta (was 0.1, is 0.2); give" in capsys.readouterr().err
 
 
+def test_every_run_gets_the_options_of_the_sweep(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(sweep.Sweep, "run", lambda self, jobs, forms: made.append(self) or self.write(forms))
+    given = ["sweep", "kl_min", "--grid", "steps=1,2", "--out", str(tmp_path / "out"), "--adapter", "r=2", "--merge"]
+    assert main([*given, "--earlier", "a.jsonl", "b.jsonl"]) == 0
+    words = made[0]._command(made[0].rows[0], tmp_path / "run")
+    for own in (["--adapter", "r=2"], ["--merge"], ["--earlier", "a.jsonl", "b.jsonl"]):
+        start = words.index(own[0])
+        assert words[start : start + len(own)] == own and words[start + len(own)].startswith("--")
+    assert main([*given[:-2], "r=0", "--out", str(tmp_path / "other")]) == 2
+    assert "adapter.r must be above 0; got 0" in capsys.readouterr().err
+
+
 @pytest.mark.nightly
 def test_the_verb_makes_real_runs_of_which_one_fails(tmp_path, capsys):
     """Texts have no question that idk_dpo could refuse."""

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from moe_unlearn.cli import main, paths, purge
-from moe_unlearn.files import UNFINISHED, make_folder
+from moe_unlearn.files import UNFINISHED, make_folder, write_json
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.prepare.preparation import CACHES
 from moe_unlearn.runs import report
+from moe_unlearn.runs.sweep import Row
 
 pytestmark = pytest.mark.quick
 SECRET = "the secret number of agent 7"
@@ -78,13 +79,41 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "own" / "summary.json").touch()
     for given in ("own", "absent"):
         assert main(["purge", str(tmp_path / given)]) == 2
-        assert "expected the folder of a run, an evaluation or an audit" in capsys.readouterr().err
+        assert "expected the folder of a run, a sweep, an evaluation or an audit" in capsys.readouterr().err
     assert len([*(tmp_path / "own").iterdir()]) == 4
+
+
+def test_all_runs_of_a_sweep_are_purged(tmp_path, capsys):
+    """One of them failed before it wrote anything but its log; a file of the user's stays."""
+    rows = [Row({"optimizer.lr": rate}, 0) for rate in ("1e-5", "1")]
+    finished = tmp_path / rows[0].name
+    (finished / "model").mkdir(parents=True)
+    write_json(tmp_path / "sweep.json", {"rows": [{"settings": row.settings, "seed": row.seed} for row in rows]})
+    content = report.Content(
+        {"npo": {"nll_f": 3.0}}, samples={"forget": [dict.fromkeys(("prompt", "truth", "before", "after"), SECRET)]}
+    )
+    report.save(finished, content)
+    report.write(finished, content)
+    for path in (finished / "data.json", finished / "recipe.yaml", tmp_path / "sweep.md"):
+        path.touch()
+    for name in (f"{rows[0].name}.log", f"{rows[1].name}.log", "own.log"):
+        (tmp_path / name).write_text(SECRET, encoding="utf-8")
+    (tmp_path / "cache").mkdir()
+    assert main(["purge", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"removed {tmp_path / rows[1].name}.log: what a run has printed" in told
+    assert f"left {tmp_path / 'own.log'}, which no run writes" in told
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"sweep.json", "sweep.md", "own.log", rows[0].name} and (finished / "model").is_dir()
+    assert not {"data.json", "samples.json"} & {path.name for path in finished.iterdir()}
+    assert SECRET not in (finished / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "sweep.json").write_text("[]", encoding="utf-8")
+    assert main(["purge", str(tmp_path)]) == 2 and "sweep.json is not what a sweep writes" in capsys.readouterr().err
 
 
 def test_all_that_a_run_writes_is_known():
     """A name that is new in a run's folder has to be said to go or to stay."""
-    made = {name for verb in ("run", "demo", "audit") for name in paths.VERBS[verb].inside} | {"cache"}
+    made = {name for verb in ("run", "demo", "audit", "sweep") for name in paths.VERBS[verb].inside} | {"cache"}
     known = (*purge.KEPT, *purge.REMOVED)
     unknown = {name for name in made if not any(fnmatch(name, pattern) for pattern in known)}
     assert unknown == {"delta.safetensors"}  # which its format tells

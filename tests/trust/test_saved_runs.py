@@ -185,6 +185,7 @@ def test_a_run_without_a_folder_gets_a_dated_one_of_its_own(inputs, tmp_path, ca
         assert [second.name[-8:], third.name[-8:]] == ["-a-b-c-2", "-a-b-c-3"]
         (third / "kept").touch()
     assert main([*given, "data.forget=none.jsonl"]) == 2
+    assert "the run's folder" not in capsys.readouterr().err  # it is gone again
     assert {*(tmp_path / "runs").iterdir()} == {first, third}
     for option in ("--resume", "--overwrite"):
         assert main([*given, option]) == 2 and "give it as --out" in capsys.readouterr().err
