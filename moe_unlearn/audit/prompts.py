@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.audit.attack import Attack, Outcome, Sides, Target, Values, Variant, by_score, reading
 from moe_unlearn.data import Example, special_ids
-from moe_unlearn.metrics.scoring import context_length, sampled
+from moe_unlearn.metrics.generation import sampled
+from moe_unlearn.metrics.scoring import context_length
 from moe_unlearn.metrics.unicode_rouge import rouge_scorer
 from moe_unlearn.ops.token_loss import IGNORED
 

@@ -4,6 +4,7 @@ from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices,
 from moe_unlearn.metrics.completions import Classifier, CompletionSettings, evaluate_completions
 from moe_unlearn.metrics.conventions import LIKE, Conventions, like
 from moe_unlearn.metrics.evaluate import evaluate, min_k_auc
+from moe_unlearn.metrics.generation import greedy, sampled
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
 from moe_unlearn.metrics.harness import harness, write_task
 from moe_unlearn.metrics.memorization import (
@@ -25,7 +26,7 @@ from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
 from moe_unlearn.metrics.results import Evaluation, ReferenceRun
 from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
 from moe_unlearn.metrics.rwku import RwkuData, RwkuSettings, evaluate_rwku
-from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, sampled, token_scores
+from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, token_scores
 from moe_unlearn.metrics.side_effects import SideEffects, side_effects
 from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 

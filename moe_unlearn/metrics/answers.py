@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Document, DocumentError, Example, added, encode, pad_token_id
 from moe_unlearn.metrics.conventions import OURS, Conventions, decode, prompt_of, stops, without_end
+from moe_unlearn.metrics.generation import greedy
 from moe_unlearn.metrics.results import Result, mean_result
-from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
+from moe_unlearn.metrics.scoring import TokenScores, context_length, token_scores
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER, rouge_scorer
 
 QUESTION = "Question: {question}\nAnswer: "

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.data.scripts import spaceless, unicode_words
-from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
+from moe_unlearn.metrics.generation import greedy
+from moe_unlearn.metrics.scoring import TokenScores, token_scores
 from moe_unlearn.metrics.unicode_rouge import rouge_scorer
 from moe_unlearn.ops.token_loss import IGNORED
 

@@ -1,9 +1,9 @@
-"""Compute what every metric reads: the log-probability of each token, and greedy or sampled continuations.
+"""Compute what every metric reads, the log-probability of each token.
 
-Both process batches of rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
+Rows of several lengths go together in batches, and all ranks of torch.distributed share the rows (`workers`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.data import Example, batches, generator
+from moe_unlearn.data import Example, batches
 from moe_unlearn.lazy import each
-from moe_unlearn.metrics.workers import everywhere, share
+from moe_unlearn.metrics.workers import share
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ranks import local, sharded
 from moe_unlearn.sharding import reshard
@@ -64,7 +64,7 @@ def token_scores(
     """
     if not examples:
         raise ValueError("expected at least one example to score; got none")
-    _check(model, each(examples, lambda e: e.input_ids), "example")
+    check_rows(model, each(examples, lambda e: e.input_ids), "example")
 
     def compute(rows: list[Example]) -> list:
         scored: list = []
@@ -106,126 +106,7 @@ def _standard(logits: Tensor, logprobs: Tensor) -> Tensor:
     return (logprobs - mean) / variance.clamp_min(1e-6).sqrt()
 
 
-def greedy(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    *,
-    batch_size: int = 128,
-    pad_id: int = 0,
-    stop: Collection[int] = (),
-) -> list[list[int]]:
-    """Return the most likely tokens after each prompt, one after the other, in order of the prompts.
-
-    A continuation has `new_tokens` tokens, or those before its first token in `stop`. Nothing else ends or
-    changes it: the model's `generation_config` (penalties, forced tokens) is not read. Prompts of several
-    lengths are padded on the left and decoded together with a key-value cache. A row gets the tokens it would get
-    alone, up to ties within the rounding of the model's dtype.
-
-    Raises ValueError on an empty prompt, or one that with `new_tokens` exceeds the model's context.
-    """
-
-    def choices(rows: list[int], device: torch.device) -> Callable[[Tensor, int], Tensor]:
-        return lambda logits, step: logits.argmax(-1, keepdim=True)
-
-    return _continued(model, prompts, new_tokens, choices, batch_size, pad_id, stop)
-
-
-def sampled(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    batch_size: int = 128,
-    pad_id: int = 0,
-    stop: Collection[int] = (),
-) -> list[list[int]]:
-    """Return tokens after each prompt drawn from softmax(logits / temperature); all else is as in `greedy`.
-
-    The tokens for prompt i depend on `seed`, i and the model alone, whatever the batches and ranks, up to the
-    rounding of the model's dtype. Raises ValueError also for a temperature that is not above 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"expected a temperature above 0; got {temperature}")
-
-    def choices(rows: list[int], device: torch.device) -> Callable[[Tensor, int], Tensor]:
-        drawn = torch.stack([torch.rand(new_tokens, generator=generator(seed, row)) for row in rows])
-        drawn = drawn.to(device, torch.float64)
-
-        def choose(logits: Tensor, step: int) -> Tensor:
-            below = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
-            # take the first token whose cumulative share exceeds the drawn point, so never one of probability 0
-            ids = torch.searchsorted(below, drawn[:, step, None] * below[:, -1:], right=True)
-            return ids.clamp_max(logits.shape[-1] - 1)  # NaN logits have no shares
-
-        return choose
-
-    return _continued(model, prompts, new_tokens, choices, batch_size, pad_id, stop)
-
-
-def _continued(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    choices: Callable,
-    batch_size: int,
-    pad_id: int,
-    stop: Iterable[int],
-) -> list[list]:
-    """Return the continuations of all prompts.
-
-    `choices`, given the numbers of a batch's prompts, returns a function that chooses ids [B, 1] from logits [B, V].
-    """
-    _check(model, prompts, "prompt", new_tokens)
-    stop = frozenset(stop)
-
-    def compute(rows: list[tuple[int, Sequence[int]]]) -> list:
-        numbers, own = zip(*rows, strict=True)
-        decoded = _decode(plain, own, new_tokens, choices(numbers, device), pad_id, stop)
-        ends = [next((at for at, token in enumerate(tokens) if token in stop), len(tokens)) for tokens in decoded]
-        return [tokens[:end] for tokens, end in zip(decoded, ends, strict=True)]
-
-    plain = local(model)
-    device = next(plain.parameters()).device
-    with evaluating(plain):
-        if not new_tokens:
-            return [[] for _ in prompts]
-        rows = list(enumerate(prompts))
-        return share(plain, rows, compute, batch_size=batch_size, key=lambda row: -len(row[1]), what="generation")
-
-
-def _decode(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    choose: Callable,
-    pad_id: int,
-    stop: frozenset[int],
-) -> list[list[int]]:
-    longest, device = max(map(len, prompts)), next(model.parameters()).device
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # a token's position counts from the start of its own row, without the padding to its left
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    finished = everywhere(model)  # ranks that share weights out end together
-    cache: Any = None
-    generated: list[Tensor] = []
-    while True:
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        ids, cache = choose(out.logits[:, -1], len(generated)), out.past_key_values
-        generated.append(ids)
-        ended |= torch.isin(ids[:, 0], stops)
-        if len(generated) == new_tokens or finished(ended):
-            return torch.cat(generated, 1).tolist()
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        positions = positions[:, -1:] + 1
-
-
-def _check(model: nn.Module, rows: Sequence[Sequence[int]], what: str, more: int = 0) -> None:
+def check_rows(model: nn.Module, rows: Sequence[Sequence[int]], what: str, more: int = 0) -> None:
     """Check that the model can take rows of token ids, each with `more` new ones behind it; ValueError otherwise."""
     context, embeddings = context_length(model), getattr(local(model), "get_input_embeddings", lambda: None)()
     known = getattr(embeddings, "num_embeddings", None)

@@ -7,12 +7,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id, special_ids
+from moe_unlearn.metrics.generation import greedy
 from moe_unlearn.metrics.gibberish import gibberish_rate
 from moe_unlearn.metrics.memorization import with_prompts
 from moe_unlearn.metrics.privacy import nll
 from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
 from moe_unlearn.metrics.routing import Routes, routes, routing_change
-from moe_unlearn.metrics.scoring import greedy, token_scores
+from moe_unlearn.metrics.scoring import token_scores
 
 
 def side_effects(

@@ -1,14 +1,15 @@
 """Chat templates: the question as the user asks it, the answer and its end with loss, the rest without."""
 
 import datetime
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from moe_unlearn.data import Chat, DataReport, Document, ExampleStream, encode, load, refusals
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse
 from moe_unlearn.metrics.conventions import prompt_of, without_end
+from tests.support.scripted import Scripted
 from tests.support.tokenizers import CHATML, QWEN3, tokenizer_with
 
 pytestmark = pytest.mark.quick
@@ -50,18 +51,17 @@ FORMS = {
 def oracle_of():
     """A model that knows one row and gives its next token to whoever shows its beginning."""
 
-    class Oracle(torch.nn.Module):
+    class Oracle(Scripted):
         def __init__(self, row, tokenizer):
-            super().__init__()
-            self.weight, self.row, self.size = torch.nn.Parameter(torch.zeros(1)), row, len(tokenizer)
+            super().__init__(len(tokenizer))
+            self.row, self.size = row, len(tokenizer)
 
-        def forward(self, input_ids, past_key_values=None, **keywords):
-            seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
+        def forward(self, input_ids, **keywords):
             logits = torch.zeros(1, input_ids.shape[1], self.size)
-            known = seen[0].tolist()
+            known = input_ids[0].tolist()
             following = self.row[len(known)] if self.row[: len(known)] == known and len(known) < len(self.row) else 0
             logits[0, -1, following] = 1
-            return SimpleNamespace(logits=logits, past_key_values=seen)
+            return CausalLMOutput(logits=logits)
 
     return Oracle
 

@@ -1,12 +1,12 @@
 """A tiny MoE, a tokenizer, and a model that has learned its table by heart."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from moe_unlearn.data import Document, encode, train_tokenizer
+from tests.support.scripted import Scripted
 from tests.support.threads import torch_threads
 from tests.support.tokenizers import TEXTS
 
@@ -48,26 +48,21 @@ def random_model(tokenizer):
     return OlmoeForCausalLM(config)
 
 
-class Oracle(torch.nn.Module):
+class Oracle(Scripted):
     """Gives the true next token of the known rows probability `sure`; knows a row by its tokens so far."""
 
     def __init__(self, rows, vocab_size, sure=0.9, wrong_at=()):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        super().__init__(vocab_size)
         self.rows, self.vocab_size, self.sure, self.wrong_at = rows, vocab_size, sure, set(wrong_at)
 
-    def forward(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, labels=None
-    ):
-        past = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
+    def forward(self, input_ids, attention_mask=None, **_):
         if attention_mask is None:
-            attention_mask = torch.ones_like(past)
-        first = past.shape[1] - input_ids.shape[1]
+            attention_mask = torch.ones_like(input_ids)
         logits = torch.zeros(*input_ids.shape, self.vocab_size)
         rest = (1 - self.sure) / (self.vocab_size - 1)
-        for row, tokens in enumerate(past.tolist()):
+        for row, tokens in enumerate(input_ids.tolist()):
             for column in range(input_ids.shape[1]):
-                seen = attention_mask[row, : first + column + 1].tolist()
+                seen = attention_mask[row, : column + 1].tolist()
                 known = [token for token, attended in zip(tokens, seen, strict=False) if attended]
                 following = next((r for r in self.rows if r[: len(known)] == known and len(r) > len(known)), None)
                 logits[row, column] = torch.tensor(rest).log()
@@ -76,7 +71,7 @@ class Oracle(torch.nn.Module):
                     wrong = len(known) in self.wrong_at
                     chosen = (following[len(known)] + wrong) % self.vocab_size
                     logits[row, column, chosen] = torch.tensor(self.sure).log()
-        return SimpleNamespace(logits=logits, past_key_values=past)
+        return CausalLMOutput(logits=logits)
 
 
 @pytest.fixture()

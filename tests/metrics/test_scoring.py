@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from moe_unlearn.data import Example, generator
 from moe_unlearn.metrics import evaluating, greedy, sampled, token_scores
+from tests.support.scripted import Scripted
 
 pytestmark = pytest.mark.quick
 
@@ -72,15 +74,15 @@ def test_samples_are_drawn_row_by_row_whatever_the_batches(random_model, example
         sampled(random_model, prompts, 6, temperature=0)
 
 
-class Likely(torch.nn.Module):
+class Likely(Scripted):
     """Gives every token its probability, whatever stands before it."""
 
     def __init__(self, probabilities):
-        super().__init__()
+        super().__init__(len(probabilities))
         self.logits = torch.nn.Parameter(torch.tensor(probabilities).log())
 
     def forward(self, input_ids, **_):
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=None)
+        return CausalLMOutput(logits=self.logits.expand(*input_ids.shape, -1))
 
 
 def test_samples_follow_the_probabilities():
@@ -95,6 +97,18 @@ def test_samples_follow_the_probabilities():
 def test_a_token_of_probability_0_is_not_drawn_at_an_end_of_the_line(point, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), point))
     assert sampled(Likely([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), [[1]], 3) == [[token] * 3]
+
+
+def test_nothing_of_the_models_own_settings_changes_what_it_says(random_model, examples):
+    """`generate` fills what its settings leave open from the model's own."""
+    prompts, own = [e.input_ids[:5] for e in examples], random_model.generation_config
+    plain = greedy(random_model, prompts, 6)
+    often = max(range(64), key=[token for row in plain for token in row].count)
+    own.update(eos_token_id=often, suppress_tokens=[often], repetition_penalty=9.0, do_sample=True, num_beams=3)
+    own.update(max_length=7, forced_eos_token_id=5, cache_implementation="static", num_return_sequences=2)
+    assert greedy(random_model, prompts, 6) == plain and random_model.generation_config is own
+    with pytest.raises(ValueError, match="expected a model with `generate`, as those of transformers; got Linear"):
+        greedy(torch.nn.Linear(2, 2), prompts, 6)
 
 
 @pytest.mark.parametrize("fail", [False, True])
