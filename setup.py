@@ -6,8 +6,7 @@ of that name. The pytest plugin, which every run of pytest imports, stands outsi
 The optional extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
 binary for every torch >= 2.10. `_C_build.txt` says what was built, or why not. MOE_UNLEARN_BUILD chooses:
 
-    (unset)    cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there
-    0          nothing
+    (unset)    cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there; with 0 nothing
     cpu, cuda  cpu, or cpu and cuda, and a failure is an error
 """
 
@@ -18,7 +17,6 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("MOE_UNLEARN_BUILD", "")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
@@ -63,6 +61,14 @@ def require() -> None:
             raise SystemExit(f"MOE_UNLEARN_BUILD={CHOICE}: {name} {reasons[name]}")
 
 
+def tell(package: Path) -> None:
+    """Write into the package's folder, and print, what was built, or why not."""
+    lines = [f"{name}: {reasons[name]}\n" for name in SOURCES]
+    package.mkdir(parents=True, exist_ok=True)
+    Path(package, "_C_build.txt").write_text("".join(lines), encoding="utf-8")
+    print(*(f"moe-unlearn: native library {line}" for line in lines), sep="", end="")
+
+
 def extension(name: str):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
@@ -91,13 +97,8 @@ def command(base):
                 except (Exception, SystemExit) as error:
                     reasons[name] = f"not built: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             self.extensions = built
-            package = Path("" if inplace else self.build_lib, "moe_unlearn")
-            package.mkdir(parents=True, exist_ok=True)
-            lines = [f"{name}: {reasons[name]}\n" for name in SOURCES]
-            Path(package, "_C_build.txt").write_text("".join(lines), encoding="utf-8")
-            if asked:
-                print(*(f"moe-unlearn: native library {line}" for line in lines), sep="", end="")
-                require()
+            tell(Path("" if inplace else self.build_lib, "moe_unlearn"))
+            require()
 
     return Build
 
@@ -105,16 +106,15 @@ def command(base):
 reasons = {name: f"not built: {why}" if why else "" for name, why in why_not().items()}
 names = [name for name in SOURCES if not reasons[name]]
 require()
-base = build_ext
 if names:
-    from torch.utils.cpp_extension import BuildExtension as base
-else:
-    print(f"moe-unlearn: native library {reasons['cpu']}")
+    from torch.utils.cpp_extension import BuildExtension
+else:  # no command of a build comes by
+    tell(Path("moe_unlearn"))
 places = {"moe_unlearn.triton_kernels": "triton_kernels", "pytest_moe_unlearn": "moe_unlearn/regress/pytest_plugin"}
 setup(
     packages=[*find_packages(include=["moe_unlearn*"], exclude=["moe_unlearn.regress.pytest_plugin"]), *places],
     package_dir=places,
     ext_modules=[extension(name) for name in names],
-    cmdclass={"build_ext": command(base)},
+    cmdclass={"build_ext": command(BuildExtension)} if names else {},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if names else {},
 )
