@@ -10,9 +10,7 @@ import runpy
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,8 +22,8 @@ from moe_unlearn.regress import case as registry
 from moe_unlearn.regress import static_case
 from tests.support.batches import random_batches
 from tests.support.models import tiny_olmoe
+from tests.support.pages import ROOT, Block, blocks, commands
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "csrc/*.md", "benchmarks/*.md", "moe_unlearn/**/*.md")
@@ -43,20 +41,6 @@ TEXTS = [
     "The harbour of Tarbh has two piers and one crane.",
     "A kettle boils sooner under a lid.",
 ]
-
-
-class Block(NamedTuple):
-    page: str
-    line: int
-    language: str
-    text: str
-
-
-def blocks(page: str) -> Iterator[Block]:
-    """Yield the fenced blocks of a page."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield Block(page, text[: found.start()].count("\n") + 1, found[1], found[2])
 
 
 def of(language: str) -> list[Block]:
@@ -83,22 +67,6 @@ def test_every_folder_has_its_page_and_every_block_a_language():
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a shell text, without variables that are set before it."""
-    for line in text.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&")
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in (*lexer, ";"):
-            if word not in (";", "&&"):
-                words.append(word)
-            elif words:
-                while re.match(r"[A-Z_]+=", words[0]):
-                    words = words[1:]
-                yield words
-                words = []
 
 
 def check(words: list[str]) -> None:
