@@ -5,6 +5,8 @@
 #              soak and of the study; a night on 2 cores
 # make extremes   what a library's products decide, held against the most and the least accurate products; 5 minutes
 # make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
+# make versions   tests of what reaches into transformers, torch and PEFT, against the oldest and the newest allowed;
+#              it makes two environments in .venv/versions; part of `make nightly`
 # make lint    ruff check and format, and mypy on the package
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton, C++ and CUDA kernel; about an hour on 2 cores;
@@ -53,7 +55,7 @@ PYTEST += --no-loadscope-reorder
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak scorecard gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
+.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable versions lint ledger mutants soak scorecard gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
 .PHONY: bench bench-step bench-gpu size study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
@@ -84,7 +86,7 @@ test: .venv/.installed
 
 # each whatever became of those before it: a night finds more than one fault
 nightly:
-	$(MAKE) --keep-going nightly-tests portable mutants study soak-sample
+	$(MAKE) --keep-going nightly-tests versions portable mutants study soak-sample
 
 nightly-tests: .venv/.installed $(OLDEST)
 	$(PYTEST) -m nightly
@@ -98,6 +100,9 @@ extremes: .venv/.installed
 
 portable: .venv/.installed
 	$(BIN)/python -m tests.portable
+
+versions: .venv/.installed
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m tests.versions
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
