@@ -51,7 +51,7 @@ def place(tmp_path, monkeypatch):
     tokenizer.chat_template = CHATML
     for name in MODELS:
         torch.manual_seed(len(name))
-        tiny_olmoe(vocab_size=len(tokenizer)).save_pretrained(name)
+        tiny_olmoe(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(name)
         tokenizer.save_pretrained(name)
     named = {"cyber-forget-corpus": "F", "cyber-retain-corpus": "R", "new-papers": "H"}
     files = {f"{file}.jsonl": [{"text": text} for text in sides[side]] for file, side in named.items()}

@@ -106,6 +106,7 @@ def _continued(
 ) -> list[list[int]]:
     """Return the continuations of all prompts; `processors` are those of the prompts of these numbers."""
     check_rows(model, prompts, "prompt", new_tokens)
+    stop = frozenset(stop)
     if not new_tokens:
         return [[] for _ in prompts]
     plain = local(model)

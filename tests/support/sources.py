@@ -51,7 +51,7 @@ OPS = (
 
 def copy_sources(folder: Path) -> Path:
     """Copy what a build needs into `folder`, which exists and is returned."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "moe_unlearn", "triton_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C_*", "__pycache__"))
