@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -59,8 +58,7 @@ def wheel(tmp_path_factory):
         pytest.skip("there is no C++ compiler")
     root = tmp_path_factory.mktemp("wheels")
     sdist = built("sdist", copy_sources(root), root, MOE_UNLEARN_BUILD="0")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(root / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, root / "unpacked", filter="data")
     (unpacked,) = (root / "unpacked").iterdir()
     return built("wheel", unpacked, root, MOE_UNLEARN_BUILD="cpu")
 
