@@ -9,6 +9,8 @@
 STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
   // The instruction set in use. A name ("baseline", "avx2", "avx512") lowers it, "" takes the CPU's best.
   m.def("instruction_set(str? limit) -> str");
+  // How bfloat16 matrices are multiplied: by "torch" or, as float32 ones, "widened". "" takes what suits the CPU.
+  m.def("narrow_products(str? way) -> str");
 
   m.def(
       "route(Tensor top_k_index, int num_experts, Tensor? group, int num_groups, Tensor? log_tilt, "

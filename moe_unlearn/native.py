@@ -15,6 +15,7 @@ from moe_unlearn import backend
 
 LIBRARIES = ("cpu", "cuda")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+NARROW_PRODUCTS = ("torch", "widened")
 _FOLDER = Path(__file__).parent
 _HOW_TO_BUILD = "not built: `pip install --no-build-isolation .` with torch and a C++ compiler there builds it"
 
@@ -49,6 +50,17 @@ def instruction_set(limit: str | None = None) -> str:
     return name
 
 
+def narrow_products(way: str | None = None) -> str:
+    """Return how the CPU kernels multiply bfloat16 matrices; a name of NARROW_PRODUCTS asks for it, "" for the CPU's.
+
+    "torch" leaves them to torch's mm, where the CPU has an instruction for bfloat16 that is faster than float32's
+    multiply-add (AMX, or AVX512-BF16 of AMD). "widened" multiplies in float32, where a product of two bfloat16 numbers
+    is exact: each sum has one order, whatever the number of threads. Below AVX2 it is always "torch".
+    """
+    name: str = torch.ops.moe_unlearn_native.narrow_products(way)
+    return name
+
+
 class TokenLossTiles(NamedTuple):
     """Sizes of the tiles of csrc/cpu/token_loss.cpp, forward and backward, in tokens and entries of the vocabulary."""
 
@@ -70,13 +82,16 @@ def token_loss_tiles() -> TokenLossTiles:
 
 
 def has_pair_products() -> bool:
-    """Return whether the CPU kernels multiply bfloat16 in pairs: the library is there, AVX512-BF16 too and in use."""
+    """Return whether the CPU kernels multiply bfloat16 in pairs: AVX512-BF16 is there, in use, and the faster way."""
     return not load("cpu") and torch.ops.moe_unlearn_native.has_pair_products()
 
 
 def report() -> list[str]:
     """Describe each library in one line: what it uses, or why it is not used."""
-    usable = {"cpu": lambda: f"built, {instruction_set()}", "cuda": lambda: "built"}
+    usable = {
+        "cpu": lambda: f"built, {instruction_set()}, {narrow_products()} bfloat16 products",
+        "cuda": lambda: "built",
+    }
     return [f"{name}: {load(name) or usable[name]()}" for name in LIBRARIES]
 
 

@@ -37,6 +37,13 @@ enum class InstructionSet : int { baseline, avx2, avx512 };
 /// The best one this CPU has, or a lower one asked for through the op `instruction_set`.
 InstructionSet instruction_set();
 
+/// Whether bfloat16 matrices are multiplied as float32 ones (widened_product.h): where this CPU has no instruction that
+/// is faster, or as asked for through the op `narrow_products`.
+bool widens_products();
+
+/// Whether the instruction for pairs of bfloat16 numbers is the faster one, or asked for through that op.
+bool prefers_pairs();
+
 #if defined(__x86_64__)
 #if defined(__clang__)
 #define MOE_UNLEARN_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"

@@ -5,7 +5,7 @@
 // order of k in float32: no atomics. Chunks are the same for any number of threads.
 
 #include "cpu/gate.h"
-#include "cpu/matmul.h"
+#include "cpu/widened_product.h"
 
 #include <tuple>
 
@@ -274,12 +274,13 @@ std::tuple<Tensor, Tensor> expert_mlp(
   const Rows x(hidden_states), bias_up(gate_up_bias), bias_down(down_bias);
   for_chunks(layer, [&](int64_t first, int64_t last) {
     const ChunkRows rows(layer, layer.hidden), wide(layer, layer.wide), inner(layer, layer.inner);
+    WidenedProducts own;
     for (int64_t i = first; i < last; ++i) {
       const Chunk& c = layer.chunks[i];
       gather(rows.all, x, layer.token.data(), c.first, c.count);
-      multiply(wide(c), rows(c), layer.up(c.expert).transposed());
+      multiply(wide(c), rows(c), layer.up(c.expert).transposed(), own);
       forwards[static_cast<int>(layer.activation)](layer, c, wide.all, bias_up, kept, inner.all);
-      multiply(rows(c), inner(c), layer.down(c.expert).transposed());
+      multiply(rows(c), inner(c), layer.down(c.expert).transposed(), own);
       for (int64_t j = 0; j < c.count; ++j) {
         if (bias_down) add_bias(rows.all.row(j), rows.all, bias_down, c.expert);
         std::memcpy(y.row(layer.slot[c.first + j]), rows.all.row(j), y.row_bytes());
@@ -314,11 +315,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   const Rows g(grad_out), pre(z), bias(down_bias);
   for_chunks(layer, [&](int64_t first, int64_t last) {
     const ChunkRows rows(layer, layer.hidden), wide(layer, layer.wide), inner(layer, layer.inner);
+    WidenedProducts own;
     for (int64_t i = first; i < last; ++i) {
       const Chunk& c = layer.chunks[i];
       if (need_da) {
         gather(rows.all, g, layer.token.data(), c.first, c.count);
-        multiply(inner(c), rows(c), layer.down(c.expert));
+        multiply(inner(c), rows(c), layer.down(c.expert), own);
       }
       const Gradients to{wide.all, scaled_out, d_weight.data()};
       backwards[static_cast<int>(layer.activation)](layer, c, pre, inner.all, to);
@@ -327,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
             layer, c, rows.all, bias, d_weight.data());
       if (need_z) std::memcpy(dz_out.row(c.first), wide.all.data, c.count * wide.all.row_bytes());
       if (!need_x) continue;
-      multiply(rows(c), wide(c), layer.up(c.expert));
+      multiply(rows(c), wide(c), layer.up(c.expert), own);
       for (int64_t j = 0; j < c.count; ++j)
         std::memcpy(d_rows.row(layer.slot[c.first + j]), rows.all.row(j), d_rows.row_bytes());
     }

@@ -1,11 +1,11 @@
 // expert_wgrad: dW of the listed experts, a block of rows at a time, and what is made of it while it is in cache.
 //
-// A thread gathers an expert's rows once; a block of dW is one product of them by torch's mm. Only the plain store
-// writes a whole dW. Products are in the factors' dtype where dW would be rounded to it next anyway, and in
+// A thread gathers an expert's rows once; a block of dW is one product of them, by torch's mm or ours. Only the plain
+// store writes a whole dW. Products are in the factors' dtype where dW would be rounded to it next anyway, and in
 // float32 otherwise. Blocks, and what is summed over them, are the same for any number of threads.
 
 #include "cpu/masked_update.h"
-#include "cpu/matmul.h"
+#include "cpu/widened_product.h"
 
 namespace moe_unlearn {
 namespace {
@@ -35,6 +35,8 @@ struct Factors {
 
   int64_t start(int64_t expert) const { return bounds[2 * expert]; }
   int64_t count(int64_t expert) const { return std::max<int64_t>(bounds[2 * expert + 1] - start(expert), 0); }
+  /// The dtype of the rows that make a dW of dtype `dw`: their own where the product widens them.
+  ScalarType gathered(ScalarType dw) const { return widens(grad.dtype) && grad.dtype == input.dtype ? grad.dtype : dw; }
   int64_t most(ScalarType dtype) const {
     int64_t most = 0;
     for (int64_t expert = 0; expert < listed; ++expert) most = std::max(most, padded(count(expert), dtype));
@@ -46,7 +48,7 @@ struct Factors {
 class Products {
  public:
   Products(const Factors& factors, ScalarType dtype)
-      : factors_(factors),
+      : factors_(factors), widens_(widens(dtype)),
         memory_(factors.most(dtype) * (factors.grad.width + factors.input.width) * item_size(dtype)),
         grad_(memory_.data(), dtype, factors.most(dtype), factors.grad.width),
         input_(grad_.row(grad_.rows), dtype, grad_.rows, factors.input.width) {}
@@ -58,19 +60,27 @@ class Products {
       std::memset(out.data, 0, out.rows * out.row_bytes());
       return;
     }
+    const int64_t rows = padded(count, grad_.dtype);
     if (expert != gathered_) {
       gather(grad_, factors_.grad, factors_.grad_rows, start, count);
       gather(input_, factors_.input, factors_.input_rows, start, count);
+      if (widens_) panels_.pack(input_.first_rows(rows));
       gathered_ = expert;
     }
-    const int64_t rows = padded(count, out.dtype);
-    multiply(out, grad_.first_rows(rows).transposed().slice(first_row, out.rows), input_.first_rows(rows));
+    const Matrix left = grad_.first_rows(rows).transposed().slice(first_row, out.rows);
+    if (widens_)
+      own_.multiply(out, left, panels_);
+    else
+      multiply(out, left, input_.first_rows(rows));
   }
 
  private:
   const Factors& factors_;
+  bool widens_;
   Buffer memory_;
   Matrix grad_, input_;
+  Panels panels_;
+  WidenedProducts own_;
   int64_t gathered_ = -1;
 };
 
@@ -125,12 +135,12 @@ void for_each_block(
   for (int64_t i = 0; i < blocks.count(); ++i) {
     cost.push_back(epilogue_cost), trains.push_back(blocks.trains(mask, i));
     for (const Factors& factors : gradients)
-      if (trains[i]) cost.back() += padded(factors.count(blocks[i].expert), dtype);
+      if (trains[i]) cost.back() += padded(factors.count(blocks[i].expert), factors.gathered(dtype));
   }
   parallel_by_cost(cost, [&](int64_t first, int64_t last) {
     std::vector<Products> products;
     products.reserve(gradients.size());
-    for (const Factors& factors : gradients) products.emplace_back(factors, dtype);
+    for (const Factors& factors : gradients) products.emplace_back(factors, factors.gathered(dtype));
     const Buffer memory(out ? 0 : bytes * gradients.size());
     std::vector<Matrix> dw(gradients.size(), Matrix(nullptr, dtype, 0, 0));
     for (int64_t i = first; i < last; ++i) {

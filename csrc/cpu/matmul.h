@@ -15,11 +15,14 @@
 
 namespace moe_unlearn {
 
+/// Whether products of a dtype are ours, of widened_product.h, on this CPU.
+inline bool widens(ScalarType dtype) { return dtype == ScalarType::BFloat16 && widens_products(); }
+
 /// oneDNN, which multiplies narrow dtypes, makes one primitive per shape: rows are counted in steps, of a few per
 /// cent, so that there are few shapes. float32 is the BLAS's.
 constexpr int64_t row_step = 8;
 inline int64_t padded(int64_t rows, ScalarType dtype) {
-  if (dtype == ScalarType::Float) return rows;
+  if (dtype == ScalarType::Float || widens(dtype)) return rows;
   const int64_t step = rows <= 32 * row_step ? row_step : 4 * row_step;
   return ceil_div(rows, step) * step;
 }
@@ -54,6 +57,9 @@ struct Matrix {
     return {data + first * row_stride * item_size(dtype), dtype, count, columns, row_stride, column_stride};
   }
   Matrix first_rows(int64_t count) const { return slice(0, count); }
+  Matrix block(int64_t first_row, int64_t row_count, int64_t first_column, int64_t column_count) const {
+    return slice(first_row, row_count).transposed().slice(first_column, column_count).transposed();
+  }
   char* row(int64_t index) const { return data + index * row_stride * item_size(dtype); }
   int64_t row_bytes() const { return columns * item_size(dtype); }
 };

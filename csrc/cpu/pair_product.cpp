@@ -12,7 +12,7 @@ namespace moe_unlearn {
 
 bool has_pair_products() {
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  return supported && instruction_set() == InstructionSet::avx512;
+  return supported && prefers_pairs() && instruction_set() == InstructionSet::avx512;
 }
 
 namespace {

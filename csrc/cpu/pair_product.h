@@ -9,7 +9,7 @@ namespace moe_unlearn {
 
 constexpr int64_t pair_rows = 8;  // rows of a product made at a time: space for rows is rounded up to it
 
-/// Whether this CPU has the instruction (and is not held to a lower instruction set).
+/// Whether this CPU has the instruction, it is the faster way here, and the CPU is not held to a lower instruction set.
 bool has_pair_products();
 
 /// The left side: the pair of terms k and k + 1 of row i is the 4 bytes at data + i * row_stride + k / 2 * pair_stride.

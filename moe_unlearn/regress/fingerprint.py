@@ -33,7 +33,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
         "cpu": cpu(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "native": ABSENT if native.load("cpu") else native.instruction_set(),
+        "native": ABSENT if native.load("cpu") else _native(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,6 +41,11 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         **_gpu(device),
     }
+
+
+def _native() -> str:
+    """Return the instruction set of our kernels and, where bfloat16 is multiplied as float32, that it is."""
+    return native.instruction_set() + (", widened" if native.narrow_products() == "widened" else "")
 
 
 def mismatch(base: Mapping[str, str], head: Mapping[str, str], *, informative: bool = False) -> list[str]:

@@ -68,7 +68,35 @@ def test_report_and_instruction_sets():
             native.instruction_set("mmx")
     finally:
         assert native.instruction_set("") == best
-    assert lines[0] == f"cpu: built, {best}"
+    assert lines[0] == f"cpu: built, {best}, {native.narrow_products()} bfloat16 products"
+
+
+@pytest.mark.quick
+def test_narrow_products_suit_the_cpu_and_its_instruction_sets():
+    """AMX, and AMD's pairs, are faster than float32's multiply-add; what is asked for comes before what suits."""
+    if native.load("cpu"):
+        pytest.skip(native.load("cpu"))
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    flags = set(next((line for line in about.splitlines() if line.startswith("flags")), "").split())
+    amd_pairs = "AuthenticAMD" in about and "avx512_bf16" in flags
+    try:
+        if native.instruction_set("avx2") != "avx2" or not flags:
+            pytest.skip("a CPU that this test does not know")
+        assert native.narrow_products("") == ("torch" if amd_pairs or "amx_bf16" in flags else "widened")
+        for way in native.NARROW_PRODUCTS:
+            assert native.narrow_products(way) == way == native.narrow_products()
+        assert native.instruction_set("baseline") == "baseline" and native.narrow_products() == "torch"
+        with pytest.raises(RuntimeError, match="no way of products is called fast"):
+            native.narrow_products("fast")
+        native.instruction_set("")
+        pairs = "avx512_bf16" in flags and native.instruction_set() == "avx512"
+        native.narrow_products("torch")
+        assert native.has_pair_products() == pairs
+        native.narrow_products("")
+        assert native.has_pair_products() == (pairs and amd_pairs)
+    finally:
+        native.instruction_set("")
+        native.narrow_products("")
 
 
 @pytest.mark.quick

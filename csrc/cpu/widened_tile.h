@@ -1,0 +1,49 @@
+// The tile of a widened product, for one instruction set: widened_product.cpp includes this once for each, in a
+// namespace that defines Vector and its width, tile_rows, MOE_UNLEARN_TILE (the functions' target), load, store,
+// broadcast, zero and multiply_add. All of a tile's sums stay in registers.
+
+/// c [rows, vectors] = left right, or c + left right; the terms of each sum are added in their order. Between them
+/// lines are asked for `ahead`, a few at a time, because a processor waits for few of them at once.
+template <int rows, int vectors>
+MOE_UNLEARN_TILE void add_terms(
+    float* c, int64_t c_stride, const float* left, const float* right, int64_t depth, bool accumulate,
+    Prefetch& ahead) {
+  Vector sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sums[i][v] = accumulate ? load(c + i * c_stride + v * width) : zero();
+  for (int64_t first = 0; first < depth; first += prefetch_step) {
+    ahead.next();
+    for (int64_t k = first; k < std::min(first + prefetch_step, depth); ++k) {
+      Vector b[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) b[v] = load(right + k * word_bits + v * width);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Vector a = broadcast(left[i * strip_stride + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sums[i][v] = multiply_add(a, b[v], sums[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(c + i * c_stride + v * width, sums[i][v]);
+}
+
+template <int... rows>
+Tile tile_of(int64_t count, bool wide, std::integer_sequence<int, rows...>) {
+  static constexpr Tile tiles[2][sizeof...(rows)] = {{add_terms<rows + 1, 1>...}, {add_terms<rows + 1, 2>...}};
+  return tiles[wide][count - 1];
+}
+
+/// c [rows, columns] of a strip and a panel, with space for the whole of the panel's vectors.
+inline void multiply_tile(
+    float* c, int64_t c_stride, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
+    bool accumulate, Prefetch& ahead) {
+  for (int64_t first = 0; first < columns; first += 2 * width)
+    tile_of(rows, columns - first > width, std::make_integer_sequence<int, tile_rows>())(
+        c + first, c_stride, strip, panel + first, depth, accumulate, ahead);
+}
