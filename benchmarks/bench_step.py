@@ -137,14 +137,14 @@ def measure_times(bench: Bench) -> dict:
     """Return the medians in milliseconds on a CPU; the contenders take turns."""
     case = bench.case
     user = {name: [] for name in case.contenders}
-    made = {name: _watched(bench.contender(name), user[name]) for name in case.contenders}
+    made = {name: watched(bench.contender(name), user[name]) for name in case.contenders}
     rounds = 2 if case.geometry == "wide" else 5
     times = {"milliseconds": harness.compare(case.name, made, rounds=rounds)["milliseconds"]}
     # user time excludes what the system took to hand out memory; the warm-up is left out
     return times | {"user_milliseconds": {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}}
 
 
-def _watched(step: Callable[[], dict], user: list[float]) -> Callable[[], None]:
+def watched(step: Callable[[], dict], user: list[float]) -> Callable[[], None]:
     """Return the step as it is timed; it adds its user time in milliseconds to `user`."""
 
     def run() -> None:

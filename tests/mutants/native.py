@@ -29,6 +29,8 @@ FLAGS = "-std=c++20 -O1 -g0 -w -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=
 FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 # the tests of an op's CUDA kernels in emulated threads, all in one file
 EMULATED = {"expert_wgrad": "test_wgrad", "weight_score": "test_weight_score or test_ties_across"}
+# sources of products that only some processors widen unless asked to
+WIDENED = ("widened_product", "widened_tile", "matmul", "expert_mlp", "expert_wgrad")
 
 
 class Stage(NamedTuple):
@@ -86,11 +88,12 @@ def is_op(source: Path) -> bool:
 
 def users(file: str, library: str) -> list[str]:
     """Return the ops of a library that a source belongs to, the shortest op first."""
-    path, header = path_of(file), path_of(file).with_suffix(".h")
+    path = path_of(file)
     sources = sorted((CSRC / library).glob("*.c*"), key=lambda source: source.stat().st_size)
+    # a source beside the ops' own, and what it alone includes, is used through its header
+    headers = {source.with_suffix(".h") for source in sources if not is_op(source) and path in included(source)}
     ops = [source for source in sources if is_op(source) and source.suffix != ".cuh"]
-    # a source beside the ops' own is used through its header
-    return [op.stem for op in ops if path in included(op) or (path.suffix == ".cpp" and header in included(op))]
+    return [op.stem for op in ops if path in included(op) or headers & included(op)]
 
 
 def claims(op: str) -> tuple[str, ...]:
@@ -104,6 +107,8 @@ def stages(file: str) -> list[Stage]:
     for op in users(file, "cpu"):
         found.append(Stage("cpu", op, (str(TESTS / f"test_{op}.py"),)))
         later.append(Stage("cpu", op, (*claims(op), "--impl=ref", "--impl=cpu")))
+    if found and Path(file).stem in WIDENED:
+        found.insert(0, Stage("cpu", found[0].op, (str(TESTS / "test_widened_product.py"),)))
     if Path(file).stem == "common":
         choice = (str(TESTS / "test_build.py"), "-k", "instruction_sets")
         found.insert(0, Stage("cpu", found[0].op, choice))
