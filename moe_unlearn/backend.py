@@ -22,7 +22,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "trit
 
 _kernels: dict[tuple[str, str], Callable | str] = {}
 _broken: dict[tuple[str, str], str] = {}  # why the import of a kernel failed
+_recording = False  # whether the CPU stands for a GPU whose launches are recorded
 
 
 def register(name: str, impl: str, kernel: Callable | str) -> None:
@@ -47,6 +48,30 @@ def register(name: str, impl: str, kernel: Callable | str) -> None:
         raise ValueError(f"impl must be one of {IMPLS}; got {impl!r}")
     _kernels[name, impl] = kernel
     _broken.pop((name, impl), None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let the CPU stand for a GPU inside, where Triton's launches are recorded and none runs.
+
+    What runs in another implementation there raises `Unfit`.
+    """
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def is_recording() -> bool:
+    """Return whether the CPU stands for a GPU at this moment."""
+    return _recording
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor lies on the CPU, and not on a GPU that it stands for."""
+    return tensor.is_cpu and not _recording
 
 
 def available(name: str, device_type: str) -> tuple[str, ...]:
@@ -80,6 +105,10 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
     Raises ValueError for an unknown `impl` and UnavailableError for a forced one that is not available.
     """
     choices = _choices(name, impl, tensor.device.type, tensor.dtype, tensor.numel())
+    if _recording:
+        if choices[0] != "triton":
+            raise Unfit(f"{name!r} runs in {choices[0]}, which launches nothing of Triton's")
+        return _kernel(name, "triton")
     kernel = _kernel(name, choices[0]) if len(choices) == 1 else _first_that_fits(name, choices)
     return functools.partial(_run_on, tensor.device, kernel) if tensor.device.type == "cuda" else kernel
 
@@ -135,6 +164,7 @@ def _why_not(name: str, impl: str) -> str:
 
 def _candidates(name: str, device_type: str, elements: int | None = None) -> tuple[str, ...]:
     """List the implementations registered for the device, fastest first, whether or not they can be imported."""
+    device_type = "cuda" if _recording else device_type
     order: tuple[str, ...] = _FASTEST_FIRST.get(device_type, ("ref",))
     first = measured.first(name, device_type, elements)
     if first is not None and first in order:

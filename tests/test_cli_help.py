@@ -108,3 +108,9 @@ def test_the_choices_offered_are_those_that_there_are():
     defaults = attacks.Settings()
     assert (options.RELEARN_STEPS, options.RELEARN_LR) == (defaults.relearn_steps, defaults.relearn_lr)
     assert of_kernels.IMPLS == backend.IMPLS and of_kernels.COMPARISONS == selftest.COMPARISONS
+
+
+def test_warmup_offers_the_gpus_whose_tiles_are_known():
+    configs = pytest.importorskip("moe_unlearn.triton_kernels.configs", reason="Triton is not installed")
+    assert options.GPUS == tuple(configs.GPUS)
+    assert {configs.tiles_of(target.architecture) for target in configs.GPUS.values()} == {*configs.ARCHITECTURES}

@@ -23,6 +23,7 @@ POSITIONAL = {
     "delta": ("base", "changed"),
     "apply": ("base", "delta"),
     "revert": ("changed", "delta"),
+    "warmup": ("model",),
 }
 
 

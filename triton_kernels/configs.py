@@ -2,10 +2,13 @@
 
 `architecture` is the compute capability as one number: 80 (A100), 90 (H100, H200), 100 (B200). Other GPUs take the
 tiles of the nearest of these that fit (`tiles_of`). On the CPU, where kernels run in the interpreter, it is 90 unless
-MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without a GPU compile for any GPU.
+MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without a GPU compile for any GPU, and so does
+`compiling_for`, which knows the number of multiprocessors too.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +18,33 @@ _INTERPRETED_PROGRAMS = 3
 MAX_SPANS = 2048
 
 
+class Target(NamedTuple):
+    """A GPU as far as compiling needs it: its compute capability and its number of multiprocessors."""
+
+    architecture: int
+    multiprocessors: int
+
+
+# those with the full chip: H100 and H200 as SXM
+GPUS = {"a100": Target(80, 108), "h100": Target(90, 132), "h200": Target(90, 132), "b200": Target(100, 148)}
+_target: Target | None = None
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Choose every tile inside as on `target`, wherever tensors lie."""
+    global _target
+    before, _target = _target, target
+    try:
+        yield
+    finally:
+        _target = before
+
+
 def architecture(device: torch.device) -> int:
     """Return the compute capability for which kernels on `device` are compiled."""
+    if _target is not None:
+        return _target.architecture
     assumed = os.environ.get("MOE_UNLEARN_TRITON_ARCH")
     if assumed:
         return int(assumed)
@@ -37,6 +65,8 @@ def tiles_of(arch: int) -> int:
 
 def num_programs(device: torch.device) -> int:
     """Return the number of programs of a persistent kernel: one per multiprocessor, or a few in the interpreter."""
+    if _target is not None:
+        return _target.multiprocessors
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -172,6 +172,12 @@ _VERBS = (
         "attacked; some minutes",
     ),
     Verb(
+        "warmup",
+        "Compile the GPU kernels of a model and a recipe beforehand, without weights, data or the GPU itself.",
+        of.warmup,
+        says="warmup: torch is loaded, and steps are rehearsed to find what they launch",
+    ),
+    Verb(
         "kernels",
         "Test kernels, ours or yours, for regressions: are they as right, as fast and as lean as they were?",
         of_kernels.add_arguments,

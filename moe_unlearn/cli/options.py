@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from moe_unlearn.cli.arguments import (
+    DTYPES,
     MODEL,
     SIDES,
     SOURCE,
@@ -28,6 +29,7 @@ LIKE = ("open-unlearning", "muse_bench")
 ATTACKS = ("plain", "rounding", "relearning", "routing", "interpolation", "prompts", "inside")
 RELEARN_STEPS, RELEARN_LR = 20, 1e-4  # of an audit
 SHELLS = ("bash", "zsh", "fish")
+GPUS = ("a100", "h100", "h200", "b200")
 DELTA = "delta.safetensors"  # the name in the folder of a run
 INSTRUCTION = (
     "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
@@ -209,6 +211,18 @@ def run(sub: argparse.ArgumentParser) -> None:
     add_progress(sub)
 
 
+def warmup(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `warmup`."""
+    sub.add_argument("model", metavar="MODEL", help=f"of which the config is read: {MODEL}, or {', '.join(models())}")
+    _add_recipe(sub, default="graddiff")
+    sub.add_argument("--dtype", choices=DTYPES, default="auto", help="the weights' (default: that of the config)")
+    lengths = "of a batch's rows (default: data.max_length, a quarter of it, and so on down to 16)"
+    sub.add_argument("--lengths", type=positive, nargs="+", default=[], metavar="TOKENS", help=lengths)
+    sub.add_argument("--gpu", choices=GPUS, help="which GPU to compile for (default: the one that is here)")
+    sub.add_argument("--cache", help="folder of the kernels, which may go to another machine (default: Triton's own)")
+    sub.add_argument("--jobs", type=positive, help="how many kernels are compiled at a time (default: one a processor)")
+
+
 def sweep(sub: argparse.ArgumentParser) -> None:
     """Add the options of `sweep`."""
     sub.add_argument("recipe", help="a YAML file or the name of a shipped recipe, as for run")
@@ -361,8 +375,9 @@ def demo(sub: argparse.ArgumentParser) -> None:
     add_progress(sub)
 
 
-def _add_recipe(sub: argparse.ArgumentParser) -> None:
-    recipe: Any = sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
+def _add_recipe(sub: argparse.ArgumentParser, default: str | None = None) -> None:
+    without = {} if default is None else {"nargs": "?", "default": default}
+    recipe: Any = sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}", **without)
     recipe.completer = lambda **asked: shipped()
     sub.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="keys of the recipe with other values"

@@ -47,6 +47,7 @@ VERBS = {
     "report": Paths(("folders",), ("markdown", "html", "json", "csv", "latex")),
     "purge": Paths((), ("cache",)),  # it removes from a folder and from this one
     "demo": Paths((), ("out",), REPORT),
+    "warmup": Paths(("model",), ("cache",)),
     "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),
 }
 

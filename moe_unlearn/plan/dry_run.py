@@ -39,6 +39,8 @@ aten = torch.ops.aten
 
 _SMALL = 1024  # elements up to which a new floating-point tensor is real: counters, scalars, rotary frequencies
 _LARGE = 1 << 26  # elements from which a new tensor of any dtype is a fake
+_Watch = Callable[[OpOverload, tuple, dict], None]
+_watching: _Watch | None = None
 _INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlearn::expert_wgrad_inner")
 
 
@@ -56,6 +58,7 @@ class Rehearsal(TorchDispatchMode):
         self.flops: dict[str, int] = defaultdict(int)
         self.moved: dict[str, int] = defaultdict(int)
         self._fake_mode = FakeTensorMode()
+        self._watch = _watching
 
     def reset_costs(self) -> None:
         """Set the counts of floating-point operations and bytes to zero."""
@@ -83,6 +86,8 @@ class Rehearsal(TorchDispatchMode):
         if function is torch.ops.prim.device.default:  # more than half of all calls, and none is an operation
             return args[0].fake_device
         kwargs = kwargs or {}
+        if self._watch is not None and function.namespace == "moe_unlearn":
+            self._watch(function, args, kwargs)
         if torch.is_inference_mode_enabled():  # where torch leaves it to a mode to take composite operations apart
             with self:
                 parts = function.decompose(*args, **kwargs)
@@ -175,6 +180,17 @@ class Rehearsal(TorchDispatchMode):
             else:
                 self.ledger.add(tensor, self.phase)
         self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
+
+
+@contextmanager
+def watched(watch: _Watch) -> Iterator[None]:
+    """Show `watch` each call of an op of ours in the rehearsals that are made inside: its overload and its operands."""
+    global _watching
+    before, _watching = _watching, watch
+    try:
+        yield
+    finally:
+        _watching = before
 
 
 @contextmanager

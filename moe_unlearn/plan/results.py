@@ -2,7 +2,8 @@
 
 torch has such a cache too, but takes longer to look a call up than our kernels' shapes take to derive. Here are calls
 whose result is new memory and follows from shapes, strides, dtypes and plain values alone. What an implementation keeps
-for its backward differs, so that calls are alike only under one value of MOE_UNLEARN_IMPL.
+for its backward differs, so that calls are alike only under one value of MOE_UNLEARN_IMPL, and on the CPU only where it
+stands for a GPU each time or never.
 """
 
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from moe_unlearn.backend import ENVIRONMENT_VARIABLE
+from moe_unlearn.backend import ENVIRONMENT_VARIABLE, is_recording
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.layout, torch.device, torch.memory_format)
 
@@ -37,7 +38,7 @@ def call(function: OpOverload, args: tuple, kwargs: dict) -> Hashable | None:
     if not _makes_new_memory(function):
         return None
     try:
-        chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+        chosen = os.environ.get(ENVIRONMENT_VARIABLE), is_recording()
         return function, chosen, torch.get_default_dtype(), _operand(args), _operand(tuple(kwargs.items()))
     except TypeError:
         return None

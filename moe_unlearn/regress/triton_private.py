@@ -4,11 +4,18 @@ Triton's own `JITFunction.run` binds and specialises the arguments of a launch. 
 stands in for the GPU, and what would be compiled and run is kept instead.
 """
 
+import contextlib
 import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
@@ -87,13 +94,14 @@ def launches(case: TritonCase | LaunchCase, arch: int) -> list[Launch]:
 
     Raises ValueError if it compiles nothing.
     """
-    found = _recorded(case, arch) if isinstance(case, LaunchCase) else [_specialised(case, arch)]
+    found = recorded(case.launch, arch) if isinstance(case, LaunchCase) else [_specialised(case, arch)]
     if not found:
         raise ValueError(f"the static case {case.name!r} launches no kernel on sm_{arch}")
     return found
 
 
-def _recorded(case: LaunchCase, arch: int) -> list[Launch]:
+def recorded(launches: Callable[[], object], arch: int) -> list[Launch]:
+    """Return what `launches()` launches, in order, each specialisation once; no kernel runs."""
     found: dict[str, Launch] = {}
 
     def keep(
@@ -103,12 +111,41 @@ def _recorded(case: LaunchCase, arch: int) -> list[Launch]:
         found.setdefault(launch.identity, launch)
 
     original, JITFunction._do_compile = JITFunction._do_compile, keep
-    driver.set_active(_Target(arch))
+    before, driver._active = driver._active, _Target(arch)
     try:
-        case.launch()
+        launches()
     finally:
-        JITFunction._do_compile = original
+        JITFunction._do_compile, driver._active = original, before
     return list(found.values())
+
+
+@contextlib.contextmanager
+def stubbed(arch: int) -> Iterator[Counter[str]]:
+    """Run Triton's own code for each launch inside, but nothing on a device; count the launches by kernel."""
+    counts: Counter[str] = Counter()
+    touched: list[JITFunction] = []
+
+    def keep(
+        kernel: Any, key: Any, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: Any
+    ) -> Any:
+        name = kernel.fn.__name__
+
+        def run(*_: Any) -> None:
+            counts[name] += 1
+
+        made = SimpleNamespace(run=run, function=0, packed_metadata=(), launch_metadata=lambda *_: None)
+        touched.append(kernel)
+        kernel.device_caches[device][0][key] = made
+        return made
+
+    original, JITFunction._do_compile = JITFunction._do_compile, keep
+    before, driver._active = driver._active, _Target(arch)
+    try:
+        yield counts
+    finally:
+        JITFunction._do_compile, driver._active = original, before
+        for kernel in touched:
+            kernel.device_caches.pop(arch, None)
 
 
 def _specialised(case: TritonCase, arch: int) -> Launch:
@@ -136,8 +173,40 @@ def _specialised(case: TritonCase, arch: int) -> Launch:
 
 
 def compile_launch(launch: Launch) -> Binary:
-    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
-    target = GPUTarget("cuda", launch.arch, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
+    compiled = _compiled(launch)
     metadata = compiled.metadata
     return Binary(compiled.asm["cubin"], compiled.asm["ttir"], metadata.shared, getattr(metadata, "tmem_size", 0) or 0)
+
+
+def into_cache(launch: Launch) -> bool:
+    """Compile a launch into Triton's cache as the launch itself would, and return whether it was there already."""
+    hits: list[bool] = []
+    before = knobs.compilation.listener
+    knobs.compilation.listener = lambda *, cache_hit, **known: hits.append(cache_hit)
+    try:
+        _compiled(launch)
+    finally:
+        knobs.compilation.listener = before
+    return hits == [True]
+
+
+def settle(cache: Path) -> int:
+    """Write into a cache that was moved where its files lie now, and return how many kernels that concerned.
+
+    Triton keeps absolute paths in the file of each kernel's group, and compiles anew what is not there.
+    """
+    moved = 0
+    for group in sorted(cache.glob("*/__grp__*.json")):
+        told = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+        here = {name: str(group.parent / name) for name in told}
+        if told != here and all(map(os.path.exists, here.values())):
+            new = group.with_name(f"{group.name}.new")
+            new.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
+            new.replace(group)
+            moved += 1
+    return moved
+
+
+def _compiled(launch: Launch) -> Any:
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    return triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moe_unlearn.backend import is_on_cpu
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
@@ -180,4 +181,4 @@ class UpdateSink(CompactSink):
 
     def _waits(self, bound: Tensor) -> bool:
         """Return whether the bound is read before the update, which is so on the CPU, where reading costs no wait."""
-        return bound.is_cpu and self.store.alone
+        return is_on_cpu(bound) and self.store.alone
