@@ -376,7 +376,7 @@ def demo(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(sub: argparse.ArgumentParser, default: str | None = None) -> None:
-    without = {} if default is None else {"nargs": "?", "default": default}
+    without: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
     recipe: Any = sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}", **without)
     recipe.completer = lambda **asked: shipped()
     sub.add_argument(
