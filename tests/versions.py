@@ -47,8 +47,8 @@ def environment(folder: Path, asked: dict[str, str]) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     python = folder / "bin" / "python"
     lent = Path(sysconfig.get_paths(vars={"base": str(folder)})["purelib"]) / "lent.pth"
-    # behind its own packages: what is not installed anew is found here
-    lent.write_text(f"{sysconfig.get_paths()['purelib']}\n{ROOT}\n", encoding="utf-8")
+    # what is not installed anew is found there, behind its own packages; with its .pth files, by which this package is
+    lent.write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n", encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, asked["transformers"], "--ignore-installed", "--no-deps"], check=True)
     # what this version of transformers asks for beside it
