@@ -233,6 +233,12 @@ def _linear_kernel(
             tile, ends, expert_offsets, num_rows, COLUMN_TILES, NUM_EXPERTS, BLOCK_ROWS, GROUP
         )
         row = first + tl.arange(0, BLOCK_ROWS)
+        # asked for before the product, which takes longer than these two dependent loads
+        slot = tl.load(sorted_rows + row, mask=row < stop, other=0)
+        if row_weights is not None:
+            # rows behind the last expert must stay zero whatever their weight holds
+            counted = row < tl.where(expert < NUM_EXPERTS, stop, 0)
+            factor = tl.load(row_weights + slot, mask=counted, other=0.0).to(tl.float32)
         if DESCRIPTOR:
             rows = first
         else:
@@ -245,14 +251,11 @@ def _linear_kernel(
         column = start + tl.arange(0, BLOCK_COLUMNS)
         if bias is not None:
             total += bias_of(bias, expert, column, COLUMNS, NUM_EXPERTS)
-        slot = tl.load(sorted_rows + row, mask=row < stop, other=0).to(tl.int64)
         if row_weights is not None:
-            # rows behind the last expert must stay zero whatever their weight holds
-            counted = row < tl.where(expert < NUM_EXPERTS, stop, 0)
-            total *= tl.load(row_weights + slot, mask=counted, other=0.0).to(tl.float32)[:, None]
+            total *= factor[:, None]
         mask = (row[:, None] < stop) & (column[None, :] < COLUMNS)
         result = round_nearest(total, slots.dtype.element_ty)
-        tl.store(slots + slot[:, None] * COLUMNS + column[None, :], result, mask=mask)
+        tl.store(slots + slot[:, None].to(tl.int64) * COLUMNS + column[None, :], result, mask=mask)
 
 
 @triton.jit

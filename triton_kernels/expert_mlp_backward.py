@@ -58,9 +58,10 @@ def expert_mlp_backward(
     weight = weight_argument(down_proj, tile.columns, tile)
     parts = triton.cdiv(inner, tile.columns)
     partial = z.new_empty(parts * need_weights, num_rows, dtype=torch.float32)
-    row_tiles = most_row_tiles(num_rows, num_experts, tile.rows)
-    # bits of float32; zeros, since a tile of this upper bound may not exist
-    largest = z.new_zeros(2, row_tiles * parts * need_largest, dtype=torch.int32)
+    most_tiles = most_row_tiles(num_rows, num_experts, tile.rows) * parts
+    # bits of float32; zeros, since a tile of this upper bound may not exist; both rows begin at a multiple of 16 bytes,
+    # since a kernel is compiled anew for an address that does not
+    largest = z.new_zeros(2, triton.cdiv(most_tiles, 4) * 4 * need_largest, dtype=torch.int32)
     _activation_gradient_kernel[grid(num_rows, num_experts, inner, tile, x.device)](
         grad_out, *rows, weight.source, weights.contiguous(), z.contiguous(),
         dz if need_z or need_x else None, scaled if need_scaled else None, partial if need_weights else None,
@@ -114,19 +115,20 @@ def _activation_gradient_kernel(
             tile, ends, expert_offsets, num_rows, COLUMN_TILES, NUM_EXPERTS, BLOCK_ROWS, GROUP
         )
         row = first + tl.arange(0, BLOCK_ROWS)
-        slot = tl.load(sorted_rows + row, mask=row < stop, other=0).to(tl.int64)
+        slot = tl.load(sorted_rows + row, mask=row < stop, other=0)
+        # z and weights of rows behind the last expert are read as zero, whatever they hold
+        used = tl.where(expert < NUM_EXPERTS, stop, 0)
+        # asked for before the product, which takes longer
+        weights = tl.load(row_weights + slot, mask=row < used, other=0.0).to(tl.float32)
         start = column_tile * BLOCK_COLUMNS
         if dz is not None or partial is not None:
             da = product(
-                grad_out, slot // TOP_K, stride_grad_row, stride_grad_depth, weight, expert, start,
+                grad_out, (slot // TOP_K).to(tl.int64), stride_grad_row, stride_grad_depth, weight, expert, start,
                 stride_expert, stride_column, stride_depth,
                 INNER, HIDDEN, NUM_EXPERTS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, ACCESS, False,
             )  # fmt: skip
         else:
             da = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        # z and weights of rows behind the last expert are read as zero, whatever they hold
-        used = tl.where(expert < NUM_EXPERTS, stop, 0)
-        weights = tl.load(row_weights + slot, mask=row < used, other=0.0).to(tl.float32)
         parts = column_slices(da, SLICES)
         total = tl.zeros((BLOCK_ROWS,), tl.float32)
         of_dz = tl.zeros((BLOCK_ROWS,), tl.int32)
