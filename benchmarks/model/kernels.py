@@ -114,13 +114,14 @@ def expert_forward(layer: Layer, gpu: Gpu) -> list[Kernel]:
     products = layer.by_rows(2 * g.inner, g.hidden)
     return [
         Product("gate_up", up, products, 3, x + 2 * weights + 3 * a, special=1),
-        *_linear("down", layer, gpu, "expert_mlp/_linear_kernel/qwen3", g.inner, weights),
+        *_linear("down", layer, gpu, "expert_mlp/_linear_kernel/qwen3", g.inner, weights, loads=2),
     ]
 
 
-def _linear(name: str, layer: Layer, gpu: Gpu, entry: str, depth: int, weights: float) -> list[Kernel]:
-    # find_tile before the product, row numbers and their weights after it
-    tile = compiled(gpu, entry, loads=3)
+def _linear(name: str, layer: Layer, gpu: Gpu, entry: str, depth: int, weights: float, loads: int = 1) -> list[Kernel]:
+    # find_tile and, where the rows have weights, their numbers, which the address of a weight waits for; the product
+    # hides the numbers of other rows, and the weights
+    tile = compiled(gpu, entry, loads=loads)
     moved = 2.0 * layer.slots * depth + weights + layer.y
     return [
         Product(name, tile, layer.by_rows(layer.geometry.hidden, depth), 2, moved),
