@@ -55,7 +55,8 @@ def narrow_products(way: str | None = None) -> str:
 
     "torch" leaves them to torch's mm, where the CPU has an instruction for bfloat16 that is faster than float32's
     multiply-add (AMX, or AVX512-BF16 of AMD). "widened" multiplies in float32, where a product of two bfloat16 numbers
-    is exact: each sum has one order, whatever the number of threads. Below AVX2 it is always "torch".
+    is exact: each sum has one order, whatever the number of threads. Below AVX2 it is always "torch". No kernel may run
+    while another way is asked for.
     """
     name: str = torch.ops.moe_unlearn_native.narrow_products(way)
     return name
