@@ -173,12 +173,14 @@ def write(results: Path = RESULTS) -> None:
 def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """Draw utility over depth, one point a run, in one colour a lever; a dashed line is the goal's utility."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    colors = iter(pyplot.get_cmap("tab20").colors)
+    styles = {"target": {"marker": "*", "color": "grey"}, "retrain": {"marker": "*", "color": "black"}}
     for name, by_seed in found.items():
-        marker = "k*" if name in tiny_models.MODELS else "o"
+        style = styles.get(name) or {"marker": "o" if name.startswith("sampled") else "s", "color": next(colors)}
         depth, utility = ([values[key] for values in by_seed.values()] for key in ("nll_f", "verbmem_r"))
-        axes.plot(depth, utility, marker, label=name, markersize=10 if marker == "k*" else 6)
+        axes.plot(depth, utility, linestyle="", label=name, markersize=10 if name in styles else 5, **style)
     axes.axhline(GOAL["verbmem_r"], linestyle="--", color="grey")
-    axes.set(xlabel="NLL of forget documents", ylabel="VerbMem of retain documents not seen")
+    axes.set(xlabel="NLL of forget documents", ylabel="VerbMem of retain documents held out")
     if found:
         axes.legend(fontsize="small")
     figure.tight_layout()
@@ -198,7 +200,7 @@ def generated(results: Path = RESULTS) -> str:
     text = (
         f"`{report['command']}`: models of {settings['layers']} layers and {settings['experts']} experts, trained on "
         f"{settings['forget']} forget and {settings['retain']} retain documents. Utility is measured on retain "
-        "documents that unlearning never saw. The goal: PrivLeak within 10 of 0, VerbMem and KnowMem of the forget "
+        "documents held out of unlearning. The goal: PrivLeak within 10 of 0, VerbMem and KnowMem of the forget "
         "documents within 0.05 of the retrained model's, those of retain documents at least 95 % of the target's. "
         f"PrivLeak is noisy at this size: of {settings['forget']} documents against {settings['holdout']} the standard "
         f"error of an AUC is near {chance:.2f} (Mann-Whitney), {100 * chance / 0.5:.0f} of PrivLeak's points. "
@@ -206,7 +208,7 @@ def generated(results: Path = RESULTS) -> str:
     )
     parts = [text]
     if kept:
-        parts += [f"Seeds {_listed(kept)}, by which no setting was chosen:", _table(found, kept)]
+        parts += [f"Seeds {_listed(kept)}, by which no setting was chosen:", _table(found, kept), _nearest(found, kept)]
     else:
         parts.append("No seed was kept back: nothing here says how the settings do on other documents.")
     if chosen_by := [seed for seed in seeds if seed in tuned]:
@@ -240,6 +242,23 @@ def _table(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) 
         ]
         lines.append(f"| {name} | {' | '.join(cells)} | {_reached(runs, found) if name in LEVERS else '–'} |")
     return "\n".join(lines)
+
+
+def _nearest(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) -> str:
+    """Say which lever misses the fewest parts of the goal over these seeds, and of several the smallest |PrivLeak|."""
+    far = {}
+    for name in LEVERS:
+        runs = {str(seed): found.get(name, {}).get(str(seed)) for seed in seeds}
+        whole = {seed: values for seed, values in runs.items() if values is not None and "privleak" in values}
+        if len(whole) == len(seeds):
+            misses = [missed(values, found["target"][seed], found["retrain"][seed]) for seed, values in whole.items()]
+            count = sum(value > 0 for each in misses for value in each.values())
+            far[name] = (count, statistics.fmean(abs(values["privleak"]) for values in whole.values()))
+    if not far:
+        return "No lever has a run of each of these seeds."
+    name = min(far, key=far.__getitem__)
+    of = len(GOAL) * len(seeds)
+    return f"Nearest to the goal on these seeds is `{name}`, which misses {far[name][0]} of its {of} parts."
 
 
 def _reached(runs: dict[str, dict[str, float]], found: dict[str, dict[str, dict[str, float]]]) -> str:
