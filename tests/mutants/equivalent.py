@@ -56,4 +56,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "for (int64_t row = begin / words; row * words < end; ++row) {",
         "for (int64_t row = begin / words; row * words <= end; ++row) {",
     ): "no word of the row behind the last one is looked at; its address is computed in vain",
+    (
+        "csrc/cpu/widened_product.h",
+        "multiply",
+        "if (widens(b.dtype) && a.columns > 0)",
+        "if (widens(b.dtype) && a.columns > 1)",
+    ): "a sum of one term has the same bits by torch's mm",
 }
