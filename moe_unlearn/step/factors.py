@@ -44,7 +44,7 @@ def largest_sum(factors: Factors) -> Tensor:
             # equal to the infinity norm, and many times as fast
             low, high = values.aminmax() if index is not None else _extremes(values, rows)
             largest = torch.maximum(-low, high)
-        bound = bound * largest.double()
+        bound = bound * largest  # in float64: both have no dimension
     return torch.where(rows > 0, bound, 0)
 
 
