@@ -7,6 +7,7 @@ from moe_unlearn import native
 from moe_unlearn.ops import Gate
 from tests.ops.expert_mlp.cases import GPT_OSS, case, check, results
 from tests.ops.expert_wgrad.cases import BF16, F32, check_update, factors
+from tests.support.by_keyword import expert_mlp
 from tests.support.covers import cover
 from tests.support.impls import CPU
 
@@ -114,6 +115,11 @@ def test_bits_depend_on_neither_threads_nor_instruction_sets():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_layer_without_inner_width_gives_zeros():
+    """A sum of no terms is 0, not what its memory held."""
+    assert not expert_mlp(**case(inner=0, dtype=BF16), impl="cpu").any()
 
 
 def test_denormal_numbers_infinities_and_nan_count():
