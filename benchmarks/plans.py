@@ -204,8 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.collect()  # rehearsals leave cycles
 
     for model in options.models:
-        if options.again or model not in record:
-            record[model] = rows(model, shipped())
+        known = [] if options.again else record.get(model, [])
+        named = {name for row in known for name in row["recipes"]}
+        if lacking := [name for name in shipped() if name not in named]:
+            found = [*known, *rows(model, lacking)]
+            record[model] = sorted(found, key=lambda row: shipped().index(row["recipes"][0]))
             write()
             print(f"{model}: {len(record[model])} rows", flush=True)
     for model in options.models:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from moe_unlearn import choices as measured
-from moe_unlearn.errors import UnavailableError
+from moe_unlearn.errors import UnavailableError, Unfit
 
 IMPLS = ("triton", "cuda", "cpu", "ref")
 ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
@@ -36,10 +36,6 @@ _FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "trit
 
 _kernels: dict[tuple[str, str], Callable | str] = {}
 _broken: dict[tuple[str, str], str] = {}  # why the import of a kernel failed
-
-
-class Unfit(RuntimeError):
-    """A kernel's refusal of its operands; the message says what they lack."""
 
 
 def register(name: str, impl: str, kernel: Callable | str) -> None:

@@ -1,6 +1,7 @@
 """Errors each of its own class, so that callers can tell them apart: what stops a step, and what cannot run here."""
 
 import re
+from typing import Any
 
 
 class NonFiniteError(FloatingPointError):
@@ -17,6 +18,26 @@ class NotPreparedError(RuntimeError):
 
 class RetainBudgetError(ArithmeticError):
     """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
+
+
+class RankError(RuntimeError):
+    """Ends a rank because another one failed."""
+
+
+class MissingLibraryError(ImportError):
+    """Error for a library that is needed but not installed; the message names it and its extra."""
+
+
+class VerificationError(ArithmeticError):
+    """The fused step differs from the plain one; the model and the optimizer are as before the step."""
+
+    def __init__(self, report: Any, undone: str):
+        super().__init__(f"{report}\n{undone}")
+        self.report = report  # a `verify.judge.Report`
+
+
+class Unfit(RuntimeError):
+    """A kernel's refusal of its operands; the message says what they lack."""
 
 
 class UnavailableError(RuntimeError):

@@ -18,7 +18,6 @@ Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInp
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,47 +26,17 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8ExpertsInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from moe_unlearn.expert_adapters import Aside
+from moe_unlearn.expert_state import State, StepInputs, not_computable, probe
 from moe_unlearn.ops.expert_mlp import expert_mlp
-from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate, recognise
+from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights
+from moe_unlearn.ops.low_rank import LowRank, is_grouped, low_rank_mlp
 from moe_unlearn.ops.route import Routing, route
 from moe_unlearn.ops.sink import GradientSink, OfOnePass
 
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
 _ATTRIBUTE = "_moe_unlearn"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass
-class StepInputs:
-    """Inputs of one step for one layer; all tensors or plain numbers.
-
-    Every forward pass adds to two tensors (the recompute of a gradient checkpoint does not):
-    `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
-    `log_tilt` [E] over a token's experts.
-
-    With `weight_gradients` no weight gets a gradient: its factors go to that sink, under the layer's `owners` if the
-    sink has any.
-    """
-
-    group: Tensor | None = None
-    num_groups: int = 1
-    log_tilt: Tensor | None = None
-    log_weight: Tensor | None = None
-    tokens_per_expert: Tensor | None = None
-    weight_gradients: GradientSink | None = None
-    owners: Mapping[str, Tensor] | None = None
-
-
-@dataclass
-class _State:
-    """State kept on an experts module: its gate (if None, `reason` says why) and the step's inputs."""
-
-    gate: Gate | None
-    interleaved: bool = False
-    reason: str = ""
-    warned: bool = False
-    inputs: StepInputs | None = None
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -94,7 +63,7 @@ def total_experts(module: Any) -> int:
 def copy_gate(source: nn.Module, target: nn.Module) -> None:
     """Copy the gate of `source` to `target`, a copy of that experts module whose values cannot be read."""
     if _ATTRIBUTE not in target.__dict__:
-        target.__dict__[_ATTRIBUTE] = _probe(source)
+        target.__dict__[_ATTRIBUTE] = probe(source)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -107,7 +76,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     state = _state(self)
     up = self.gate_up_proj if self.has_gate else self.up_proj
     routing = _counted_routing(self, state, top_k_index)
-    if reason := state.reason or _not_computable(up):
+    if reason := state.reason or not_computable(up):
         _warn_once(self, state, reason)
         fallback: Tensor = ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
         return fallback
@@ -117,22 +86,39 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     operands = ExpertWeights(up, self.down_proj, *biases)
+    layout = _layout(self, state)
+    if state.low_rank:
+        changes = [state.low_rank.get(name) for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")]
+        routed = hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets
+        return low_rank_mlp(*routed, operands, *changes, layout=layout)
     operands, sink = _sink(self, state.inputs, operands)
     trained = None
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
         trained = sink.trained_slices(_trained(operands))
-    assert state.gate is not None
     return expert_mlp(
         hidden_states,
         top_k_weights,
         routing.sorted_rows,
         routing.expert_offsets,
         operands,
-        layout=ExpertLayout(state.gate, self.is_transposed, state.interleaved, self.has_gate),
+        layout=layout,
         trained_experts=trained,
         sink=None if sink is None else sink.take,
         bounded=sink is not None and sink.bounded,
     )
+
+
+def layout_of(module: nn.Module) -> ExpertLayout:
+    """Return activation and layout of an experts module; ValueError, with the reason, if they cannot be computed."""
+    state = _state(module)
+    if state.gate is None:
+        raise ValueError(f"{type(module).__name__} has experts that are not computed here: {state.reason}")
+    return _layout(module, state)
+
+
+def _layout(module: Any, state: State) -> ExpertLayout:
+    assert state.gate is not None
+    return ExpertLayout(state.gate, module.is_transposed, state.interleaved, module.has_gate)
 
 
 def _trained(operands: ExpertWeights) -> list[Tensor]:
@@ -177,7 +163,7 @@ def _owned(
     return ExpertWeights._make(leaves), owner
 
 
-def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute transformers' FP8 experts, which dispatch on functions of their own, under the same contract."""
     state = _state(self)
     _counted_routing(self, state, top_k_index)
@@ -186,7 +172,7 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
     return output
 
 
-def _counted_routing(module: Any, state: _State, top_k_index: Tensor) -> Routing | None:
+def _counted_routing(module: Any, state: State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
     if state.inputs is None or is_parallel(module) or _recomputing():
         return None
@@ -215,7 +201,7 @@ def _counted(num_experts: int, inputs: StepInputs, top_k_index: Tensor) -> Routi
 
 
 ExpertsInterface.register(NAME, experts_forward)
-FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
+FP8ExpertsInterface.register(NAME, fp8_experts_forward)
 
 
 def check_model(model: object) -> None:
@@ -248,12 +234,14 @@ class enable:  # noqa: N801 -- used like a function
         for module in modules.values():
             if not module.down_proj.is_meta:
                 _state(module)
+        self._aside = Aside(model, _low_rank_of)
 
     def disable(self) -> None:
         """Restore the implementation each part had before; a second call changes nothing more."""
         for config, implementation in self._previous:
             config._experts_implementation_internal = implementation
         self._previous = []
+        self._aside.undo()
 
     @property
     def enabled(self) -> bool:
@@ -326,7 +314,7 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
+def _warn_once(module: nn.Module, state: State, reason: str) -> None:
     if not state.warned:
         state.warned = True
         # all layers warn from this one place: Python shows equal warnings from one place once
@@ -336,41 +324,28 @@ def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
         )
 
 
-def _not_computable(weight: Tensor) -> str:
-    """Return why `expert_mlp` cannot take this weight; empty if it can."""
-    if weight.dtype not in _DTYPES:
-        return f"its weights are {weight.dtype}"
-    if hasattr(weight, "__tensor_flatten__"):
-        return f"its weights are {type(weight).__name__}"
-    return ""
+def _low_rank_of(module: Any, weight: Tensor) -> dict[str, LowRank] | None:
+    """Return where an experts module takes the factors of an adapter on `weight`; None where it computes with the sum.
+
+    The weight must be frozen, whole, and one with which torch multiplies the rows of all experts at once.
+    """
+    if module.config._experts_implementation != NAME or is_parallel(module) or weight.requires_grad:
+        return None
+    state = _state(module)
+    taken = not state.reason and not not_computable(weight) and is_grouped(weight)
+    return state.low_rank if taken else None
 
 
-def _state(module: nn.Module) -> _State:
-    state: _State | None = module.__dict__.get(_ATTRIBUTE)
+def _state(module: nn.Module) -> State:
+    state: State | None = module.__dict__.get(_ATTRIBUTE)
     return _new_state(module) if state is None else state
 
 
 @torch.compiler.disable(
     reason="call moe_unlearn.enable(model), or the model itself once, before compiling: gates are probed then"
 )
-def _new_state(module: nn.Module) -> _State:
-    module.__dict__[_ATTRIBUTE] = state = _probe(module)
+def _new_state(module: nn.Module) -> State:
+    module.__dict__[_ATTRIBUTE] = state = probe(module)
     if is_parallel(module):
         module.register_forward_pre_hook(_count_all, with_kwargs=True)
     return state
-
-
-def _probe(module: Any) -> _State:
-    """Find the module's gate and layout, or the reason why they cannot be computed here."""
-    if getattr(module, "has_post_expert_norm", False):
-        return _State(None, reason="it normalises after each expert")
-    if module.down_proj.dtype not in _DTYPES:
-        return _State(None, reason=f"its weights are {module.down_proj.dtype}")
-    device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
-    function = module._apply_gate if module.has_gate else module.act_fn
-    # the layout of the flag is tried first, but the function itself decides
-    layouts = (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,)
-    # the module's attributes only supply numbers to try
-    numbers = {float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0}
-    found = recognise(function, layouts, numbers, device, gated=module.has_gate)
-    return _State(None, reason=found) if isinstance(found, str) else _State(*found)

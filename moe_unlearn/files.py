@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that have not taken their target's name
 DAY = 86400  # seconds after which what is unfinished belongs to no living process
@@ -187,6 +189,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write an indented JSON file as `whole_file` does."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return plain values for JSON, which has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_sealed(path: str | Path, content: bytes) -> None:

@@ -14,6 +14,8 @@ The formulas use log-probabilities. That of a sequence is the sum over its posit
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
     ceu        mean of -sum_v q_v log p_v, q = p without the label, held fixed     CE-U; gradient of -log(1 - p)
     undial     mean of -sum_v q_v log p_v, q = p_ref with the label's logit lowered by beta    UNDIAL
+    level      mean of max(0, |o - o_unseen| - margin)^2, o = log((1 - p) / p), the tokens of a forget and of an
+               unseen row in the order of their odds, and hold times the same of unseen text and what it was
     logit_margin  mean of (max_v z_v - mean_v z_v)^2                               PDU
     rmu        mean over labelled tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
@@ -31,6 +33,8 @@ Sources: open-unlearning defines the baselines, wga, satimp, ceu and undial (rea
 MOLLM's authors; its use in MOLLM is our reconstruction. The weighted mean and the rule of positions are our
 specification.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +62,7 @@ __all__ = [
     "head_of",
     "idk_dpo",
     "kl",
+    "level",
     "logit_margin",
     "margin_mask",
     "nll",
@@ -74,6 +79,9 @@ __all__ = [
     "verify_head",
     "wga",
 ]
+
+
+_LEAST_NLL = 1e-6  # of a label whose odds are still told apart from certainty
 
 
 def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -107,6 +115,59 @@ def satimp(token_nll: Tensor, beta1: float, beta2: float) -> Tensor:
     wide = _wide(token_nll)
     fixed = wide.detach()
     return -(-beta1 * fixed).exp() * (-torch.expm1(-fixed)) ** beta2 * wide
+
+
+def level(
+    token_nll: Tensor,
+    mask: Tensor,
+    goal_nll: Tensor,
+    goal_mask: Tensor,
+    *,
+    margin: float = 0.0,
+    unit: str = "token",
+) -> Tensor:
+    """Add up how far each row's tokens are from being as unlikely as those of its goal, [].
+
+        token       sum_i max(0, |o(l_(i)) - o(g_(i))| - margin)^2
+        sequence    sum over rows of max(0, |mean_i o(l_i) - mean_i o(g_i)| - margin)^2
+
+    o(l) = log(e^l - 1) = log((1 - p) / p) are the log-odds against a label, l = -log p. token_nll [B, S] counts at the
+    set positions of mask [B, S], goal_nll [B, G] at those of goal_mask [B, G]; no gradient flows into the goal. l_(i)
+    is the i-th least likely of a row's n tokens and g_(i) the goal's at the same share of its own, i / (n - 1),
+    between two of them in proportion: a row may spread its tokens in any order, but needs as many likely and unlikely
+    ones as its goal. A row without a token on either side counts 0. By a label's logit the slope is that of the square
+    alone, where that of -log p vanishes for a memorised token. Deterministic. Source: our specification.
+    """
+    own, goal = _odds(token_nll, mask), _odds(goal_nll.detach(), goal_mask)
+    if unit == "sequence":
+        counted = mask.any(1) & goal_mask.any(1)
+        apart = _row_means(own, mask) - _row_means(goal, goal_mask)
+        return _beyond(torch.where(counted, apart, 0), margin)
+    count, of = mask.sum(1, keepdim=True), goal_mask.sum(1, keepdim=True)
+    rank = torch.arange(own.shape[1], device=own.device)
+    counted = (rank < count) & (of > 0)
+    place = torch.where(counted, rank * ((of - 1).to(own.dtype) / (count - 1).clamp_min(1)), 0)
+    low = torch.minimum(place.long(), (of - 1).clamp_min(0))
+    high = torch.minimum(low + 1, (of - 1).clamp_min(0))
+    ranked = _descending(goal, goal_mask)
+    between = torch.lerp(ranked.gather(1, low), ranked.gather(1, high), place - low)
+    # an infinite rest of the sort is taken out before the difference, whose gradient would be NaN
+    own, between = (torch.where(counted, side, 0) for side in (_descending(own, mask), between))
+    return _beyond(own - between, margin)
+
+
+def held(token_nll: Tensor, former_nll: Tensor, mask: Tensor, *, margin: float = 0.0, unit: str = "token") -> Tensor:
+    """Add up how far tokens, or the means of rows, are from what they were, [].
+
+        token       sum over `mask` of max(0, |o(l) - o(l_former)| - margin)^2
+        sequence    sum over rows of max(0, |mean o(l) - mean o(l_former)| - margin)^2
+
+    All are [B, S]; o and `unit` are those of `level`. No gradient flows into `former_nll`.
+    """
+    own, former = _odds(token_nll, mask), _odds(former_nll.detach(), mask)
+    if unit == "sequence":
+        own, former = _row_means(own, mask), _row_means(former, mask)
+    return _beyond(own - former, margin)
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:
@@ -197,6 +258,27 @@ def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tenso
     rows = hidden_states.flatten(0, 1)
     values = with_head(model, lambda head: token_loss(rows, head, labels, kind="logit_margin"))
     return values.sum() / mask.sum().clamp_min(1)
+
+
+def _beyond(apart: Tensor, margin: float) -> Tensor:
+    """Add up the squares of what of each distance is beyond `margin`."""
+    return (apart.abs() - margin).clamp_min(0).square().sum()
+
+
+def _odds(nll: Tensor, mask: Tensor) -> Tensor:
+    """Compute the log-odds against each label, log(e^nll - 1), 0 outside the mask; finite where p rounds to 1."""
+    wide = torch.where(mask, _wide(nll), math.log(2))
+    above = wide + (wide.clamp_min(_LEAST_NLL) - wide).detach()  # with a slope below the least NLL, too
+    return above + torch.log(-torch.expm1(-above))
+
+
+def _descending(values: Tensor, mask: Tensor) -> Tensor:
+    """Sort each row's values at set positions in descending order; what follows them means nothing."""
+    return values.masked_fill(~mask, -math.inf).sort(stable=True, dim=1, descending=True).values
+
+
+def _row_means(values: Tensor, mask: Tensor) -> Tensor:
+    return sequence_sums(values, mask) / mask.sum(1).clamp_min(1)
 
 
 def _wide(values: Tensor) -> Tensor:

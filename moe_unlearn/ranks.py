@@ -22,13 +22,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from moe_unlearn.errors import RankError
 from moe_unlearn.sharding import check_engine, device_of, exchange_, initialised, is_sharded, reshard
 
 _Found = TypeVar("_Found")
-
-
-class RankError(RuntimeError):
-    """Ends a rank because another one failed."""
 
 
 class Ranks:

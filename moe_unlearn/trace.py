@@ -31,6 +31,7 @@ from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.model.packing import call_of
+from moe_unlearn.progress import watched
 from moe_unlearn.ranks import Ranks, by_itself, turns
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def routing_frequencies(model: nn.Module, batches: Iterable[Batch], ranks: Ranks
 
     def count() -> int:
         tokens = 0
-        for batch, counts in turns(map(padded, batches), ranks):
+        for batch, counts in turns(map(padded, watched(batches, "routing")), ranks):
             mask = target_mask(batch) & counts
             tokens += int(mask.sum())
             call = call_of(batch)

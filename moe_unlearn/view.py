@@ -1,6 +1,6 @@
 """StepView, what an `UnlearnStep` shows of itself to those who plan or verify it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -53,6 +53,8 @@ class StepView:
     #: names of the weights that the step in progress has updated in its backward pass
     updated: Sequence[str]
     gradients: GradientsView
+    #: what becomes of rows of a parameter, those of its trained slices, after an update: invariant routers
+    held: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     @cached_property
     def trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -209,6 +209,7 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
+import moe_unlearn.ops
 from moe_unlearn import backend
 from moe_unlearn.cli import main
 assert backend.choose("gram", "auto", "cuda") == "ref"

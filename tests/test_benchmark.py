@@ -40,7 +40,7 @@ def test_the_runs_side_by_side_are_those_one_after_the_other(tmp_path):
         assert results["combined"]["nll_f"] > results["target"]["nll_f"] + 0.1
     trajectory = json.loads((folders[0] / "trajectory.json").read_text(encoding="utf-8"))
     assert list(trajectory) == list(RUNS) and all(points[0]["step"] == 0 for points in trajectory.values())
-    assert (folders[0] / "report.md").is_file() and (folders[0] / "figures" / "trajectories.png").is_file()
+    assert (folders[0] / "report.md").is_file() and (folders[0] / "figures" / "trajectories.svg").is_file()
 
 
 def test_an_error_in_a_process_is_told_and_nothing_is_written(tmp_path, capsys):

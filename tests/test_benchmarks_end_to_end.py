@@ -17,6 +17,7 @@ from moe_unlearn import wagle
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.runs import report
 from tests.support import models
 from tests.support.benchmark_files import (
     muse,
@@ -202,12 +203,14 @@ def walk(folder):
             "data.json",
             "model",
             "recipe.yaml",
-            "report.md",
+            *report.PAGES,
+            *(f"{name}.json" for name in ("about", "cost", "routes", "samples")),
             "summary.json",
             "trajectory.json",
         }
         expected |= {"routing.json"} if Recipe.load(run.recipe).trace else set()
-        assert files - {"figures"} == expected
+        # texts without a prompt have no continuation to show
+        assert files - {"figures", "samples.json"} == expected - {"samples.json"}
         return run
 
     return walk

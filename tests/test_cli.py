@@ -1,9 +1,8 @@
 """The command line as a user meets it: real files, a saved model, readable errors with exit code 2."""
 
-import io
 import json
 import math
-import os
+import re
 import shutil
 import sys
 from unittest.mock import Mock
@@ -12,9 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moe_unlearn import metrics, wagle
+from moe_unlearn import data, metrics, wagle
 from moe_unlearn.cli import main
-from moe_unlearn.cli.arguments import writable
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
 from moe_unlearn.model.packing import share_rows
@@ -57,11 +55,65 @@ def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
-    assert "NPO" in (tmp_path / "report.md").read_text(encoding="utf-8").upper()
-    assert "report" in capsys.readouterr().out
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for told in ("Unlearning report: NPO", "moe-unlearn run npo", "the secret number", "nats per token", "Cost", "GiB"):
+        assert told in text
+    cost = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
+    assert cost["measured"] > cost["planned"] > 1000
+    routes = json.loads((tmp_path / "routes.json").read_text(encoding="utf-8"))
+    assert routes["forget"] != routes["after"] and routes["forget"] != routes["retain"]
+    assert summary["npo"]["nll_f_low"] <= summary["npo"]["nll_f"] <= summary["npo"]["nll_f_high"]
+    told = capsys.readouterr()
+    assert "report" in told.out and "{'" not in told.out + told.err  # no dicts of the Trainer
+    lines = [line for line in told.err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/12", "10/12", "12/12"] and "forget " in lines[0]
     assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     reports = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
-    assert {side: report["kept"] for side, report in reports.items()} == {"forget": 12, "retain": 16, "holdout": 8}
+    assert {side: report["kept"] for side, report in reports.items()} == {
+        "forget": 12,
+        "retain": 16,
+        "retain_eval": 1,
+        "holdout": 8,
+    }
+
+
+def test_utility_is_measured_on_rows_that_training_does_not_see(folder, tmp_path, capsys):
+    """A row that is held out changes no weight; the report has both kinds of rows, and a resume knows them."""
+    given = ("steps=1", "batch_size=12", "retain_per_forget=1.25")  # one batch of 15 retain rows: all but one of 16
+    assert run(folder, tmp_path / "share", *given) == 0
+    assert "retain: 1 of 16 rows are held out for the report, data.retain_eval" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "share" / "summary.json").read_text(encoding="utf-8"))
+    for row in (summary["target"], summary["npo"]):
+        assert {"nll_r", "nll_s", "verbmem_r", "verbmem_s"} <= row.keys() and row["nll_r"] != row["nll_s"]
+    page = (tmp_path / "share" / "report.md").read_text(encoding="utf-8")
+    assert "of rows that training did not see" in page and "NLL seen" in page and "NLL retain" in page
+    retain = (folder / "retain.jsonl").read_text(encoding="utf-8").splitlines()
+    facts, weights = {}, {}
+    model, tokenizer = loading.load_model(folder / "model")
+    examples = data.encode(data.load(folder / "retain.jsonl"), tokenizer, 48)
+    kept, held = data.hold_out(examples, 0.1, seed=0)
+    for name, rows in (("kept", kept), ("held", held)):
+        lines = [line for line, example in zip(retain, examples, strict=True) if example in rows]
+        (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = ["--retain-eval", str(tmp_path / "held.jsonl")]
+    assert run(folder, tmp_path / "source", *given, *source, retain=tmp_path / "kept.jsonl") == 0
+    for out in ("share", "source"):
+        facts[out] = json.loads((tmp_path / out / "run.json").read_text(encoding="utf-8").partition("\n")[2])
+        weights[out] = (tmp_path / out / "model" / "model.safetensors").read_bytes()
+    assert weights["share"] == weights["source"]
+    assert facts["share"]["retain_eval"] == facts["source"]["retain_eval"] != facts["share"]["retain"]
+    same = json.loads((tmp_path / "source" / "summary.json").read_text(encoding="utf-8"))
+    assert same["npo"]["nll_r"] == summary["npo"]["nll_r"]
+    assert run(folder, tmp_path / "none", *source) == 2 and "retain-eval and retain sets overlap" in error_of(capsys)
+    assert run(folder, tmp_path / "share", *given, "data.retain_eval=0.2", "--resume") == 2
+    assert "retain_eval (was" in error_of(capsys)
+
+
+def test_a_run_that_holds_nothing_out_says_so(folder, tmp_path):
+    assert run(folder, tmp_path, "steps=1", "--retain-eval", "0") == 0
+    assert "nll_s" not in json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["npo"]
+    assert "none held out" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_sources_with_parts_and_options(folder, tmp_path, capsys):
@@ -117,15 +169,6 @@ def test_a_variable_of_the_shell_that_is_not_set_is_no_path(option, capsys):
         main(["run", "npo", "--model", "m", "--forget", "f", "--retain", "r", "--out", "o", option, ""])
     told = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and f"argument {option}: expected a value; got an empty one" in told[-1]
-
-
-def test_a_stream_may_be_the_output(tmp_path):
-    """Nothing is written to it for a trial: a pipe without a reader would wait for one."""
-    os.mkfifo(tmp_path / "pipe")
-    for stream in (tmp_path / "pipe", "/proc/self/fd/1", "/dev/stdout"):
-        writable(stream)
-    with pytest.raises(NotADirectoryError, match="--out cannot be written"):
-        writable("/dev/stdout", folder=True)
 
 
 def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):
@@ -195,6 +238,25 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
     assert "has no prompt to refuse" in error_of(capsys)
     assert not (tmp_path / "plain").exists()
+
+
+def test_level_goes_to_unseen_texts_of_their_own(folder, tmp_path, capsys):
+    def asked(unseen, *options):
+        sides = {"unseen": unseen, "holdout": "holdout"}
+        paths = [text for side, name in sides.items() for text in (f"--{side}", str(folder / f"{name}.jsonl"))]
+        return run(folder, tmp_path / "out", *options, *paths, recipe="level")
+
+    assert asked("holdout") == 2
+    assert "unseen texts must be in no other set: 8 of 8 stand in the holdout set too" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    assert asked("unseen", "optimizer.lr=1e-2", "steps=8") == 0
+    steps = json.loads((tmp_path / "out" / "trajectory.json").read_text(encoding="utf-8"))["level"]
+    assert steps[0]["hold_loss"] < 1e-6 < steps[-1]["hold_loss"] and steps[-1]["forget_loss"] < steps[0]["forget_loss"]
+    assert "nll_unseen" not in json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["level"]
+    # the run is of these unseen texts, and goes on with no others
+    (folder / "others.jsonl").write_text(json.dumps({"text": "the loud street of cook 3 is high, never go"}), "utf-8")
+    assert asked("others", "optimizer.lr=1e-2", "steps=9", "--resume") == 2
+    assert re.search(r"a run of something else: unseen \(was \w+, is \w+\)", error_of(capsys))
 
 
 def test_idk_nll_teaches_the_refusals(folder, tmp_path):
@@ -351,43 +413,6 @@ def test_eval_tells_what_moved_and_how_fast_it_comes_back(folder, tmp_path, caps
     assert "leave out --benchmark" in error_of(capsys)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("words", "buffered"),
-    [(["env"], True), (["env"], False), (["--help"], True), (["report", "nowhere"], True)],
-    ids=["env", "unbuffered", "help", "report"],
-)
-def test_a_reader_that_goes_away_is_no_error(words, buffered, monkeypatch, capsys):
-    """With `moe-unlearn env | head -1` what is left to print goes nowhere, and neither do complaints."""
-    read, write = os.pipe()
-    os.close(read)
-    errors = io.StringIO()
-    with open(write, "w", encoding="utf-8") as closed, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", closed)
-        patch.setattr(sys, "stderr", errors)
-        if buffered:
-            print("waits in the buffer", file=closed)
-        else:
-            closed.reconfigure(write_through=True)
-        assert main(words) == 141
-        print("more", file=closed, flush=True)
-    assert errors.getvalue() == "" == capsys.readouterr().err
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "all"])
-def test_a_scheduler_that_tells_a_number_of_processes_starts_no_ranks(missing, monkeypatch, capsys):
-    """Only who sets all that torchrun sets does; the others would never meet."""
-    torchrun = dict(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
-    for name, value in torchrun.items():
-        monkeypatch.delenv(name, raising=False)
-        if missing not in (name, "all"):
-            monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["env"]) == 0
-    assert "python" in capsys.readouterr().out
-
-
 def error_of(capsys):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -416,7 +441,7 @@ def test_bad_paths(folder, tmp_path, capsys, paths, message):
 @pytest.mark.quick
 def test_bad_recipes(folder, tmp_path, capsys):
     assert run(folder, tmp_path, "forget.betta=1") == 2
-    assert "did you mean 'beta'" in error_of(capsys)
+    assert "did you mean 'forget.beta'" in error_of(capsys)
     assert run(folder, tmp_path / "out", recipe="rmu") == 2
     assert "matches no parameter" in error_of(capsys) and not (tmp_path / "out").exists()
     assert run(folder, tmp_path, recipe="nope") == 2

@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
 
 def error_of(capsys):
     error = capsys.readouterr().err
-    assert "Traceback" not in error and len(error.strip().splitlines()) == 1
+    lines = [line for line in error.strip().splitlines() if "data.retain_eval" not in line]
+    assert "Traceback" not in error and len(lines) == 1
     return error
 
 
@@ -111,7 +112,7 @@ def test_the_dtype_is_that_of_the_whole_run(folder, tmp_path):
     name = str(folder / "model")
     assert loaded == {"model": name, "dtype": "bfloat16", "device": "cpu", "trust_remote_code": False}
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert f"The model is {name}, bfloat16 on cpu.\n" in report
+    assert f"{name}, bfloat16 on cpu " in report
     assert main(["report", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == report
 
@@ -166,7 +167,7 @@ def alone(monkeypatch):
         seen.append((names[-1], weakref.ref(model)))
         return model, tokenizer
 
-    for module in (loading, importlib.import_module("moe_unlearn.cli.main").loading, evaluate.loading, runs.loading):
+    for module in (loading, importlib.import_module("moe_unlearn.cli.run").loading, evaluate.loading, runs.loading):
         monkeypatch.setattr(module, "load_model", watched)
     return names
 

@@ -18,7 +18,12 @@ NEEDED = {
     "eval": ("model", "forget", "retain"),
     "audit": ("model", "before", "forget", "retain", "holdout"),
 }
-POSITIONAL = {"delta": ("base", "changed"), "apply": ("base", "delta"), "revert": ("changed", "delta")}
+POSITIONAL = {
+    "report": ("folders",),
+    "delta": ("base", "changed"),
+    "apply": ("base", "delta"),
+    "revert": ("changed", "delta"),
+}
 
 
 def verbs():
@@ -39,7 +44,7 @@ def cases():
 def test_every_verb_and_every_option_that_names_a_path_is_in_the_table():
     assert paths.VERBS.keys() == verbs().keys()
     for verb, parser in verbs().items():
-        found = {action.dest for action in parser._actions}
+        found = {action.dest for action in parser._actions if action.nargs != 0}  # flags name nothing
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 found |= {own.dest for sub in action.choices.values() for own in sub._actions}
@@ -59,6 +64,7 @@ def test_every_verb_and_every_option_that_names_a_path_is_in_the_table():
             "reference",
         }
         likely |= {"before", "data", "reference_run", "classifier", "changed", "module", "sides"}
+        likely -= {"model"} if verb == "show" else set()  # there it is the name of a known one
         likely |= set() if verb == "kernels" else {"base"}  # there it is a revision of git
         assert found & likely == {*inputs, *outputs} & likely, verb
 
@@ -94,8 +100,8 @@ def arguments(verb, read, written, source, target, other):
         chosen = ["compare", str(source), str(other)] if read == "sides" else ["check", "--module", str(source)]
         return ["kernels", *chosen, f"--{written}", str(target)]
     named = [given.pop(name) for name in POSITIONAL.get(verb, ())]
-    extra = ["graddiff"] if verb == "run" else []
-    if written != "out":
+    extra = {"run": ["graddiff"], "sweep": ["graddiff", "--grid=steps=1,2"]}.get(verb, [])
+    if written != "out" and "out" in paths.VERBS[verb].outputs:
         given["out"] = str(target.parent / "elsewhere")
     given[written] = str(target)
     return [verb, *extra, *named, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]

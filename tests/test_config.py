@@ -18,6 +18,7 @@ BASELINES = {
     "npo",
     "simnpo",
     "idk_dpo",
+    "level",
     "rmu",
     "kl_min",
     "seuf",
@@ -39,7 +40,7 @@ def test_a_shipped_recipe_loads_and_round_trips(name, tmp_path):
     recipe = Recipe.load(name)
     assert recipe.name == name
     levers = {lever for lever in ("trace", "wagle", "mollm") if getattr(recipe, lever) is not None}
-    assert levers == {"combined": {"trace", "wagle", "mollm"}}.get(name, {name} & PROCEDURES)
+    assert levers == {"combined": {"trace", "wagle", "mollm"}, "level": {"mollm"}}.get(name, {name} & PROCEDURES)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -59,7 +60,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("forget.betta=1", r"unknown recipe key 'forget.betta'; did you mean 'beta'"),
+        ("forget.betta=1", r"unknown recipe key 'forget.betta'; did you mean 'forget.beta'"),
         ("tracee.eta=1", r"unknown recipe key 'tracee'; did you mean 'trace'"),
         ("steps=many", r"steps must be int; got 'many'"),
         ("steps=1.5", r"steps must be int; got 1.5"),
@@ -72,6 +73,7 @@ def test_overrides():
         ("optimizer.betas=[a, b]", r"optimizer.betas\[0\] must be a number"),
         ("forget=npo", r"forget must be a mapping of keys; got 'npo'"),
         ("forget.objective=npoo", r"forget.objective must be one of .*npo"),
+        ("router=frosen", r"router.mode must be one of free, frozen.*; got 'frosen'"),
         ("trace.eta=2", r"trace.eta must be in \(0, 1\]; got 2"),
         ("trace.cap=1", r"trace.cap must be above 1"),
         ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),

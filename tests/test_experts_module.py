@@ -15,7 +15,7 @@ from moe_unlearn.ops import Gate
 from moe_unlearn.testing import ROUTINGS, assert_as_accurate, poison, routing
 from moe_unlearn.testing.yardstick import Reference
 from tests.support.batches import random_batch
-from tests.support.models import nemotron_h_experts, tiny_gpt_oss, tiny_olmoe
+from tests.support.models import tiny_gpt_oss, tiny_olmoe
 
 HIDDEN, INNER, EXPERTS = 32, 24, 4
 
@@ -340,36 +340,6 @@ def test_transformers_fp8_experts_are_delegated_to_their_own_function(monkeypatc
         with pytest.warns(UserWarning, match="its weights are torch.float8_e4m3fn"):
             assert torch.equal(module(x, torch.tensor([[1], [3]]), torch.ones(2, 1)), x + 1)
     assert counts.flatten().tolist() == [0, 1, 0, 1]
-
-
-def test_gates_of_other_families():
-    """Classes of transformers whose gates share attribute names and differ in formula."""
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-    from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLExperts
-    from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
-
-    expected = {
-        DeepseekV4Experts: Gate("silu", 1.0, 7.0),
-        MiniMaxM3VLExperts: Gate("silu", 1.702, 7.0, 1.0),
-        OpenAIPrivacyFilterExperts: Gate("silu", 1.702, 7.0, 1.0),
-    }
-    config = config_like(
-        num_local_experts=4,
-        n_routed_experts=4,
-        num_experts=4,
-        hidden_size=32,
-        moe_intermediate_size=24,
-        intermediate_size=24,
-        hidden_act="silu",
-        swiglu_limit=7.0,
-        swiglu_alpha=1.702,
-    )
-    for cls, gate in expected.items():
-        module = cls(config)
-        enable(module)
-        assert module._moe_unlearn.gate == gate, cls.__name__
-    enable(module := nemotron_h_experts())
-    assert module._moe_unlearn.gate == Gate("relu2")
 
 
 @pytest.fixture

@@ -185,13 +185,13 @@ def test_a_packed_row_that_was_not_made_rows_is_not_computed(model):
         layer_states(model, flattened(examples(5, 4), return_flash_attn_kwargs=True), 0)
 
 
-@pytest.mark.parametrize("name", ["graddiff", "simnpo", "rmu", "combined", "seuf-wmdp", "idk_dpo"])
+@pytest.mark.parametrize("name", ["graddiff", "simnpo", "rmu", "combined", "seuf-wmdp", "idk_dpo", "level"])
 @pytest.mark.slow
 def test_a_step_of_packed_rows_is_that_of_the_rows(model, name):
     sides = [examples(5, 9, 7, seed=1), examples(4, 8, 6, 3, seed=2)]
     rows = [{k: v for k, v in collate(s, range(len(s))).items() if k != "index"} for s in sides]
     packed = [flattened(s, return_flash_attn_kwargs=True) for s in sides]
-    if name == "idk_dpo":
+    if name in ("idk_dpo", "level"):
         refused = {f"idk_{k}": v for k, v in collate(examples(3, 4, 5, seed=3), range(3)).items() if k != "index"}
         rows[0] |= refused
         packed[0] |= refused

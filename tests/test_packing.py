@@ -113,6 +113,7 @@ OBJECTIVES = {
     "undial": [],
     "ceu": [],
     "idk_dpo": [],
+    "level": [],
     "pdu": [],
     "rmu": [],
     "seuf-wmdp": [],
@@ -126,7 +127,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_is_that_of_rows_of_their_own(model, name):
-    refused = (6, 4, 3) if "idk" in f"{name} {OBJECTIVES[name]}" else ()
+    refused = (6, 4, 3) if "idk" in f"{name} {OBJECTIVES[name]}" or name == "level" else ()
     made, results = recipe(name.strip(), *OBJECTIVES[name]), []
     for packing in (None, LIMIT):
         own = copy.deepcopy(model)

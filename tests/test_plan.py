@@ -76,7 +76,7 @@ def test_memory_is_what_a_step_allocates(family, name, dtype, optimizer):
     check(prepared(model, made(name, f"optimizer.name={optimizer}"), forget, retain), forget, retain)
 
 
-@pytest.mark.parametrize("name", ["npo", "idk_dpo", "kl_min", "undial", "seuf", "combined"])
+@pytest.mark.parametrize("name", ["npo", "idk_dpo", "level", "kl_min", "undial", "seuf", "combined"])
 def test_memory_follows_the_objective(name):
     overrides = ["trace.min_ratio=1.01"] if name == "combined" else []
     forget, retain = batch(1, rows=2), batch(2)
@@ -126,6 +126,7 @@ def held(step):
         ("undial", ["scope.kind=all", "scope.parameters=[]"]),
         ("undial", []),  # its head is frozen
         ("idk_dpo", []),
+        ("level", ["mollm=null"]),
         ("rmu", ["forget.layer=0", r"scope.parameters=['layers\.0\.mlp.*down_proj']"]),
         ("trace", ["trace.refresh=offline"]),
     ],

@@ -2,16 +2,16 @@
 
 import pytest
 
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import Recipe, keys
 from tests import recipe_page
 
 pytestmark = pytest.mark.quick
-KEYS = {name: (hint, field, meaning) for name, hint, field, meaning in recipe_page.keys()}
+KEYS = {key.name: key for key in keys.table()}
 
 
 def leaves(values, path=""):
     for key, value in values.items():
-        yield from leaves(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}"]
+        yield from leaves(value, f"{path}{key}.") if isinstance(value, dict) and key != "trainer" else [f"{path}{key}"]
 
 
 def test_the_page_says_what_the_config_says():
@@ -20,11 +20,12 @@ def test_the_page_says_what_the_config_says():
 
 
 def test_every_key_is_there_with_a_meaning():
-    levers = Recipe.from_dict({"trace": True, "wagle": True, "mollm": True})
+    levers = Recipe.from_dict({"trace": True, "wagle": True, "mollm": True, "adapter": True})
     bound = Recipe.from_dict({"dual": {"retain_loss_eps": 1.0}})  # which MOLLM has no sum for
-    complete = levers.to_dict() | {"dual": bound.to_dict()["dual"]}
+    adapted = Recipe.from_dict({"adapter": True})
+    complete = levers.to_dict() | {"dual": bound.to_dict()["dual"], "adapter": adapted.to_dict()["adapter"]}
     assert set(KEYS) == set(leaves(complete))
-    assert not [name for name, (_, _, meaning) in KEYS.items() if len(meaning) < 5]
+    assert not [key.name for key in KEYS.values() if len(key.meaning) < 5]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_every_key_is_there_with_a_meaning():
     ],
 )
 def test_values_are_those_that_the_config_refuses_others_for(name, expected):
-    assert recipe_page.values(name, KEYS[name][0]) == expected
+    assert KEYS[name].values == expected
 
 
 def test_a_page_without_marks_is_an_error():

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from moe_unlearn.cli import main
-from moe_unlearn.config import Recipe
-from moe_unlearn.config import recipe as config
+from moe_unlearn.config import Recipe, files
 from moe_unlearn.model import loading
 from moe_unlearn.step import UnlearnStep
 
@@ -65,8 +64,8 @@ def write_config(path, layers):
 
 @pytest.mark.quick
 def test_every_setting_of_the_papers_is_there():
-    assert set(config.shipped()) >= SETTINGS
-    assert set(config.models()) == set(SIZES)
+    assert set(files.shipped()) >= SETTINGS
+    assert set(files.models()) == set(SIZES)
 
 
 @pytest.mark.quick
@@ -84,7 +83,7 @@ def test_each_number_says_where_it_comes_from(name):
 
 @pytest.mark.quick
 def test_recipes_with_trace_go_on_where_it_finds_no_expert():
-    found = [recipe for recipe in map(Recipe.load, config.shipped()) if recipe.trace is not None]
+    found = [recipe for recipe in map(Recipe.load, files.shipped()) if recipe.trace is not None]
     assert {"trace", "combined", "trace-wmdp", "trace-muse-books"} <= {recipe.name for recipe in found}
     assert all(recipe.trace.allow_empty for recipe in found)
 
@@ -110,9 +109,9 @@ def test_shipped_geometries_are_the_models(name):
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(SIZES[name], rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.is_meta for p in model.parameters())
-    known = AutoConfig.for_model(config.geometry(name)["model_type"])
+    known = AutoConfig.for_model(files.geometry(name)["model_type"])
     # a misspelt key would be a new one; head_dim is one that only a file brings
-    assert all(hasattr(known, key) for key in config.geometry(name).keys() - {"head_dim"})
+    assert all(hasattr(known, key) for key in files.geometry(name).keys() - {"head_dim"})
 
 
 def test_rmu_trains_the_routed_experts_of_its_layers_on_every_model():
@@ -137,8 +136,8 @@ def test_a_models_values_come_before_the_overrides():
 
 @pytest.mark.quick
 def test_values_for_a_model_are_of_recipes_that_exist():
-    for model in config.models():
-        for name in config._read_model(model)["recipes"]:
+    for model in files.models():
+        for name in files.read_model(model)["recipes"]:
             Recipe.load(name, model=model)
 
 
@@ -147,7 +146,18 @@ def test_a_30b_model_is_planned_within_a_minute_and_little_memory(capsys):
     assert main(["run", "rmu", "--model-config", "qwen3-30b-a3b", "--dry-run"]) == 0
     assert time.process_time() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: 1 GiB of 57 GiB of weights
-    assert re.search(r"weights +58235", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert re.search(r"memory \(GiB\) .*\n +weights +56\.87", text) and "fits on 1 x 80 GiB" in text
+
+
+def test_a_plan_is_json_for_machines(tiny, capsys):
+    words = ["run", "npo", "--model-config", str(tiny), "--set", "data.max_length=16"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"] == "npo" and plan["peak"] == sum(plan["memory"].values()) > 0
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 2 and "--json: expected --dry-run too" in capsys.readouterr().err
 
 
 @pytest.mark.quick

@@ -285,7 +285,9 @@ def test_idk_nll_is_the_nll_of_the_refusals(model):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["npo", "trace", "mollm", "wagle", "rmu", "idk_dpo", "seuf", "kl_min", "undial"])
+@pytest.mark.parametrize(
+    "name", ["npo", "trace", "mollm", "wagle", "rmu", "idk_dpo", "level", "seuf", "kl_min", "undial"]
+)
 def test_a_step_without_its_preparation_is_an_error(name, model):
     step = UnlearnStep(model, recipe(name))
     before = weights(model)

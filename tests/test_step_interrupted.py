@@ -30,6 +30,9 @@ ELSEWHERE = {
     "plan/one_rank.py",
     "plan/rehearse.py",
     "regress/seeded.py",
+    "routers/watch.py",
+    "step/routers.py",
+    "survive.py",
     "verify/forced_routing.py",
     "wagle/gradients.py",
 }

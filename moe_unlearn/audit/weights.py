@@ -23,24 +23,6 @@ def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.copy_(copy)
 
 
-def linear_weights(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Return what quantisation rounds, by name, with the dimension of the inputs: linear layers and experts.
-
-    Output head, embeddings, norms, biases and routers are left out, as the usual quantisers leave them.
-    """
-    model = local(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    found: dict[str, tuple[Tensor, int]] = {}
-    routers = {name for layer in experts_modules(model) for name in router_parameters(model, layer)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and f"{name}.weight" not in routers:
-            found[f"{name}.weight"] = module.weight, 1
-    for name, module in experts_modules(model).items():
-        inputs = 1 if module.is_transposed else 2
-        found |= {f"{name}.{own}": (p, inputs) for own, p in module.named_parameters() if p.dim() == 3}
-    return found
-
-
 def router_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the routers' parameters and buffers (correction biases) by name; empty without experts."""
     model = local(model)

@@ -7,6 +7,6 @@ needed and kept in `trained_cache`; it works in several processes (`process_pool
 from moe_unlearn.benchmark.demo import demo, demo_recipe
 from moe_unlearn.benchmark.suite import Progress, unlearning
 from moe_unlearn.benchmark.table import Table
-from moe_unlearn.runs.run import unlearn
+from moe_unlearn.runs.unlearn import unlearn
 
 __all__ = ["Progress", "Table", "demo", "demo_recipe", "unlearn", "unlearning"]

@@ -21,7 +21,9 @@ from moe_unlearn.benchmark.table import Table
 from moe_unlearn.benchmark.tiny_models import Experiment, Settings
 from moe_unlearn.config import Recipe
 from moe_unlearn.runs import report
-from moe_unlearn.runs.run import routing_of
+from moe_unlearn.runs.about import Cost, about
+from moe_unlearn.runs.seen import SAMPLES, TOKENS, paired_texts
+from moe_unlearn.runs.unlearn import routing_of
 
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
@@ -50,14 +52,17 @@ def demo(
     *,
     size: str | Settings = "demo",
     processes: int | None = None,
+    command: str = "",
 ) -> dict:
-    """Run the embedded experiment on `seeds`; write `summary.json`, `report.md`, figures and `audit/` into `out`.
+    """Run the embedded experiment on `seeds`; write `summary.json`, its report and `audit/` into `out`.
 
     Models are trained and runs made side by side, in `processes` processes of one thread each (by default as many as
     torch has threads), because models this small leave most of a second thread idle. Deterministic on one machine,
     whatever the number of processes.
     """
-    with process_pool.Workers(processes or torch.get_num_threads()) as pool:
+    cost = Cost(torch.device("cpu"))
+    started = about(command, seeds[0], cost.device)
+    with cost.phase("all"), process_pool.Workers(processes or torch.get_num_threads()) as pool:
         settings = tiny_models.settings_of(size)
         batches = sum(-(-n // settings.batch_size) for n in (settings.retain, settings.retain + settings.forget))
         training = [(name, corpus, seed, size) for seed in seeds for name in tiny_models.MODELS]
@@ -82,7 +87,18 @@ def demo(
     trajectories = {name: found[1] for name, found in first.items()}
     routing: dict[str, Any] = next((found[2] for found in first.values() if found[2]), {})
     quick: dict[str, Any] = next((found[3] for found in done.values() if found[3]), {})
-    content = report.Content(table.summary(), corpus, table.results, trajectories, routing, audit=quick)
+    shown: dict[str, Any] = next((found[4] for found in done.values() if found[4]), {})
+    content = report.Content(
+        table.summary(),
+        corpus,
+        table.results,
+        trajectories,
+        routing,
+        audit=quick,
+        about=started,
+        cost=cost.to_dict() | {"measured": None},  # its processes are many
+        samples=shown,
+    )
     report.save(out, content)
     report.write(out, content)
     return content.summary
@@ -96,8 +112,8 @@ def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:
 
 def _run(
     name: str, corpus: str, seed: int, size: str | Settings, audited: Path | None
-) -> tuple[Table, list[dict], dict, dict]:
-    """Return row, trajectory, routing and quick audit of one run, or of the target or retrained model as it is.
+) -> tuple[Table, list[dict], dict, dict, dict]:
+    """Return row, trajectory, routing, quick audit and texts of one run, or of the target or retrained model as it is.
 
     The audit's own report is written to the folder `audited`; without one there is none.
     """
@@ -105,6 +121,7 @@ def _run(
     trajectory: list[dict] = []
     routing: dict[str, Any] = {}
     quick: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
 
     def watch(progress: Progress) -> None:
         recipe, step = recipes[0], progress.unlearn_step
@@ -116,6 +133,7 @@ def _run(
             routing.update(routing_of(step))
             if audited is not None:
                 quick.update(_audited(name, step.model, made, audited))
+                shown.update(_sampled(step.model, made))
 
     recipes = [] if name in tiny_models.MODELS else [demo_recipe(name, seed)]
     table = unlearning(
@@ -129,7 +147,7 @@ def _run(
         seeds=[seed],
         on_step=watch,
     )
-    return table, trajectory, routing, quick
+    return table, trajectory, routing, quick, shown
 
 
 def _audited(name: str, model: nn.Module, made: Experiment, out: Path) -> dict[str, Any]:
@@ -150,6 +168,16 @@ def _audited(name: str, model: nn.Module, made: Experiment, out: Path) -> dict[s
     )
     rows = [list(row) for row in words.rows(found)]
     return {"run": name, "verdict": found.verdict, "summary": words.summary(found), "rows": rows}
+
+
+def _sampled(model: nn.Module, made: Experiment) -> dict[str, Any]:
+    """Return what the target and a run's model write after the prompts of a few rows."""
+    rows = {"forget": made.forget[:SAMPLES], "retain": made.retain_eval[:SAMPLES]}
+    before, after = (
+        {side: metrics.continuations(own, made.tokenizer, few, new_tokens=TOKENS) for side, few in rows.items()}
+        for own in (made.target, model)
+    )
+    return paired_texts(before, after)
 
 
 def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:

@@ -7,7 +7,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from moe_unlearn.progress import Bar
 
 _STOP = -1
 _steps_done: Any = None  # the counter of this worker's pool; set once, when the process starts
@@ -34,14 +35,14 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, title: str, function: Callable, tasks: list[tuple], total: int) -> dict[tuple, Any]:
-        """Return task -> function(*task), run in the processes; a terminal shows a progress bar of `total` steps."""
+        """Return task -> function(*task), run in the processes; `progress` shows how many of `total` steps are done."""
         self._steps.value = 0
         futures = {self._pool.submit(function, *task): task for task in tasks}
         pending = set(futures)
-        with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
+        with Bar(title, total, "step") as bar:
             while pending:
                 finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                bar.update(self._steps.value - bar.n)
+                bar.advance(self._steps.value - bar.done)
                 for future in finished:
                     future.result()
         return {task: future.result() for future, task in futures.items()}

@@ -191,6 +191,8 @@ def _unlearn(run: Run, on_step: OnStep) -> tuple[UnlearnStep, float]:
         warmup.step()
         seconds += time.perf_counter() - start
         last = step.done or i + 1 == recipe.steps
+        if last and recipe.router.correct:
+            values |= step.correct_routers()
         on_step(Progress(recipe.name, recipe.seed, i + 1, last, values, step))
         if last:
             break

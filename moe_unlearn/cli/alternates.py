@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
-from moe_unlearn.cli.arguments import SOURCE, add_chat, add_mesh, add_model, chat_of, loading_of, positive, writable
+from moe_unlearn.cli.arguments import chat_of, loading_of, writable
+from moe_unlearn.cli.options import INSTRUCTION
 from moe_unlearn.data import Chat, Document
 from moe_unlearn.files import write_text
 from moe_unlearn.metrics import context_length, sampled
@@ -25,10 +26,6 @@ from moe_unlearn.metrics.conventions import prompt_of
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
 
-INSTRUCTION = (
-    "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
-    "facts throughout. Write the answer alone."
-)
 CUE = "Another answer:"
 ATTEMPTS = 3  # how often an answer is sampled before an empty one or a copy of the original is left out
 _QUESTION, _ANSWERS = "Question:", ("Answer:", CUE)  # a model that continues after its answer begins like this
@@ -107,21 +104,6 @@ def generate_alternates(
         more = "; ..." if len(refused) > _PLACES else ""
         print(f"left out: {len(refused)}: {'; '.join(refused[:_PLACES])}{more}", file=sys.stderr)
     return [_record(documents[place[0]]) | {"alternate": found[place]} for place in wanted if place in found]
-
-
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb."""
-    add_model(sub)
-    sub.add_argument("--forget", required=True, help=SOURCE)
-    add_chat(sub)
-    sub.add_argument("--count", type=int, default=5, help="alternates for each question")
-    sub.add_argument("--new-tokens", type=int, default=200, help="the most tokens of an alternate")
-    sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--instruction", default=INSTRUCTION, help="what the model is told behind question and answer")
-    sub.add_argument("--batch-size", type=positive, default=8)
-    add_mesh(sub)
-    sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
 
 
 def run(options: argparse.Namespace) -> None:

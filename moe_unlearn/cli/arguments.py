@@ -1,4 +1,9 @@
-"""Options that several verbs of the command line share, and the values made from them."""
+"""Options that several verbs of the command line share, and the values made from them.
+
+Parsing takes no torch: what needs it is imported where a verb makes its values.
+"""
+
+from __future__ import annotations
 
 import argparse
 import errno
@@ -7,27 +12,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from moe_unlearn import config, data
+from moe_unlearn import config
 from moe_unlearn.files import DAY, remove_unfinished, stream_of
-from moe_unlearn.model.loading import DTYPES, Loading
-from moe_unlearn.plan import Mesh
-from moe_unlearn.ranks import everyone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from moe_unlearn import data
+    from moe_unlearn.model.loading import Loading
 
 CACHE = "folder in which examples, and results of --benchmark, stay to be found again by their content"
 SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
+MODEL = "folder written by save_pretrained, or ORG/NAME[@REVISION] of the hub"
+SIDES = {
+    "forget": "documents to forget",
+    "retain": "documents to keep",
+    "holdout": "documents that the model never saw, for PrivLeak",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget", "retain")) -> None:
     """Add the options for the model, the documents and their encoding."""
     add_model(sub)
-    for side in ("forget", "retain", "holdout"):
-        sub.add_argument(f"--{side}", required=side in required, help=SOURCE)
+    for side, what in SIDES.items():
+        sub.add_argument(f"--{side}", required=side in required, metavar="SOURCE", help=f"{what}: {SOURCE}")
     add_chat(sub)
-    sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
+    sub.add_argument("--max-length", type=int, default=None, help="tokens per example, at most (default 512)")
     sub.add_argument(
         "--prompt-tokens",
         type=int,
@@ -40,8 +53,18 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
         default="joint",
         help="how a prompt and its answer are told apart: encoded as one, or as open-unlearning does",
     )
-    sub.add_argument("--batch-size", type=positive, default=8)
-    sub.add_argument("--cache", help=CACHE)
+    add_batch_size(sub)
+    sub.add_argument("--cache", metavar="FOLDER", help=CACHE)
+
+
+def add_batch_size(sub: argparse.ArgumentParser) -> None:
+    """Add the option for the rows of a forward pass."""
+    sub.add_argument("--batch-size", type=positive, default=8, help="rows of a forward pass (default 8)")
+
+
+def add_progress(sub: argparse.ArgumentParser) -> None:
+    """Add the option that has a verb say less about how far it is."""
+    sub.add_argument("--quiet", action="store_true", help="show no progress: no bars and no lines about it")
 
 
 def add_packing(sub: argparse.ArgumentParser) -> None:
@@ -53,9 +76,7 @@ def add_packing(sub: argparse.ArgumentParser) -> None:
 
 def add_model(sub: argparse.ArgumentParser) -> None:
     """Add the options for the model and how it is loaded."""
-    sub.add_argument(
-        "--model", required=True, help="folder written by save_pretrained, or ORG/NAME[@REVISION] of the hub"
-    )
+    sub.add_argument("--model", required=True, help=f"the model: {MODEL}")
     add_loading(sub)
 
 
@@ -66,7 +87,9 @@ def add_loading(sub: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (the GPU if there is one), cpu, cuda, cuda:N, or auto-map: over all devices (eval, alternates)",
     )
-    sub.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: that of the checkpoint")
+    sub.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="number format of the weights; auto: that of the checkpoint"
+    )
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     sub.add_argument(
         "--allow-weights",
@@ -77,6 +100,8 @@ def add_loading(sub: argparse.ArgumentParser) -> None:
 
 def loading_of(options: argparse.Namespace) -> Loading:
     """Return how the models of a verb are loaded; ValueError for a device or ranks that are not here."""
+    from moe_unlearn.model.loading import Loading
+
     return Loading(
         device=options.device,
         dtype=options.dtype,
@@ -89,7 +114,9 @@ def loading_of(options: argparse.Namespace) -> Loading:
 def add_chat(sub: argparse.ArgumentParser) -> None:
     """Add the options for questions asked through the chat template."""
     sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
-    sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
+    sub.add_argument(
+        "--enable-thinking", action=argparse.BooleanOptionalAction, help="whether the chat template is told to think"
+    )
     sub.add_argument("--system", default="", help="the chat template's system message")
     sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
 
@@ -110,12 +137,16 @@ def add_dry_run(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what memory it takes, from the model's config and the data, and stop",
     )
+    sub.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON, sizes in bytes")
 
 
 def _sharing(options: argparse.Namespace) -> dict[str, int]:
     """Return how `--mesh` shares weights out, not at all for a plan; ValueError unless it is of the ranks that run."""
     if getattr(options, "mesh", None) is None or getattr(options, "dry_run", False):
         return {}
+    from moe_unlearn.plan import Mesh
+    from moe_unlearn.ranks import everyone
+
     mesh, ranks = Mesh.parse(options.mesh), everyone()
     count = 1 if ranks is None else ranks.size()
     if mesh.fsdp != count:
@@ -147,7 +178,9 @@ def check_chat(settings: Any) -> None:
 def chat_of(settings: Any) -> bool | data.Chat:
     """Return `Chat.chosen` of a verb's options, which `check_chat` has checked."""
     check_chat(settings)
-    return data.Chat.chosen(settings)
+    from moe_unlearn.data import Chat
+
+    return Chat.chosen(settings)
 
 
 def examples_of(
@@ -165,6 +198,8 @@ def examples_of(
     They are in a file (`data.stored`), in the folder `cache` if there is one, and read when they are asked for.
     `alternates` says that the forget rows are needed with their alternate answers.
     """
+    from moe_unlearn import data
+
     check_chat(settings)
     report = data.DataReport()
     documents = data.located(source, side=side, report=report)
@@ -175,8 +210,37 @@ def examples_of(
     if reports is not None:
         reports[side] = report
     if not examples:
-        raise ValueError(f"the {side} set {source!r} is empty")
+        raise ValueError(
+            f"the {side} set {source!r} is empty: name a source with documents (what was dropped is above)"
+        )
     return examples
+
+
+def earlier_of(
+    recipe: config.Recipe,
+    tokenizer: Tokenizer,
+    forget: Sequence[data.Example],
+    reports: dict[str, data.DataReport],
+    *,
+    cache: str | None = None,
+) -> list[data.Example]:
+    """Return the examples of all sources in `data.earlier`, read as forget sets; each report is kept as "earlier N".
+
+    Raises ValueError if an example is to be forgotten again, which cannot be held as it is meanwhile.
+    """
+    from moe_unlearn import data
+
+    found: list[data.Example] = []
+    for number, source in enumerate(recipe.data.earlier, 1):
+        own: dict[str, data.DataReport] = {}
+        found += examples_of(source, tokenizer, recipe.data, "forget", own, cache=cache)
+        reports[f"earlier {number}"] = own["forget"]
+    if shared := data.overlap(forget, found):
+        raise ValueError(
+            f"{shared} of {len(forget)} forget examples stand in data.earlier too, whose rows are held as they are: "
+            "take them out of one of the two"
+        )
+    return found
 
 
 def sets_of(

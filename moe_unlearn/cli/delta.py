@@ -3,23 +3,18 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from moe_unlearn import delta
 from moe_unlearn.cli.arguments import writable
+from moe_unlearn.cli.options import DELTA
 from moe_unlearn.config import Recipe
 from moe_unlearn.delta.folder import check_same
 from moe_unlearn.files import check_output
 from moe_unlearn.model import loading
 from moe_unlearn.model.saving import saved_kinds
-
-FILE = "delta.safetensors"  # the name in the folder of a run
-MODEL = "a folder, or ORG/NAME[@REVISION] of the hub"
-
-Verb = Callable[[argparse.Namespace], None]
 
 
 def write(options: argparse.Namespace) -> None:
@@ -42,34 +37,17 @@ def revert(options: argparse.Namespace) -> None:
     _print_applied(options, delta.revert(loading.folder_of(options.changed), options.delta, options.out))
 
 
-def add_arguments(command: Callable[[str, Verb], argparse.ArgumentParser]) -> None:
-    """Add the three verbs."""
-    sub = command("delta", write)
-    sub.add_argument("base", metavar="BASE", help=f"the model as it was: {MODEL}")
-    sub.add_argument("changed", metavar="MODEL", help="the changed model, of the same tensors")
-    sub.add_argument("--recipe", help="a recipe whose SHA-256 the delta carries, such as RUN/recipe.yaml")
-    sub.add_argument("--out", required=True, help="the safetensors file to write")
-    sub = command("apply", apply)
-    sub.add_argument("base", metavar="BASE", help=f"the model that the delta was made from: {MODEL}")
-    sub.add_argument("delta", metavar="DELTA", help="the file that `delta` or `run --delta` wrote")
-    sub.add_argument("--out", required=True, help="the folder to write; a model that is there is replaced")
-    sub = command("revert", revert)
-    sub.add_argument("changed", metavar="MODEL", help=f"the model that the delta led to: {MODEL}")
-    sub.add_argument("delta", metavar="DELTA", help="the file that `delta` or `run --delta` wrote")
-    sub.add_argument("--out", required=True, help="the folder to write; a model that is there is replaced")
-
-
 def base_of_run(recipe: Recipe, how: loading.Loading, out: Path) -> Path:
     """Return the folder of the model that a run to `out` begins with; its weights are not loaded.
 
     Raises ValueError for a run that could not write its delta.
     """
     if recipe.data.model is None:
-        raise ValueError("--delta writes what changed since --model, which is missing")
+        raise ValueError("--delta writes what changed since --model, which is missing: give --model")
     base = loading.folder_of(recipe.data.model)
     check_saved(loading.weightless(base, how), base)
     inputs = delta.ModelFolder(base).inputs
-    for made in (out / "model", out / FILE):
+    for made in (out / "model", out / DELTA):
         check_output(made, inputs)
     return base
 
@@ -84,7 +62,7 @@ def check_saved(model: PreTrainedModel, base: Path) -> None:
 
 def write_of_run(recipe: Recipe, base: Path, out: Path) -> None:
     """Write the delta of a finished run into its folder."""
-    _print_written(delta.write(base, out / "model", out / FILE, recipe=_sha256(recipe.to_yaml().encode())))
+    _print_written(delta.write(base, out / "model", out / DELTA, recipe=_sha256(recipe.to_yaml().encode())))
 
 
 def _print_written(made: delta.Delta) -> None:

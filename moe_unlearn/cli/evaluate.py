@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_unlearn import data, metrics
 from moe_unlearn.cli import plan
-from moe_unlearn.cli.arguments import add_data, add_dry_run, add_mesh, chat_of, loading_of, sets_of, steps, writable
+from moe_unlearn.cli.arguments import chat_of, loading_of, sets_of, writable
 from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
@@ -25,54 +25,6 @@ _BENCHMARKS: dict[str, tuple[Callable[..., dict[str, float | None]], Any, Callab
     "rwku": (metrics.evaluate_rwku, metrics.RwkuData, metrics.RwkuSettings),
     "completions": (metrics.evaluate_completions, None, metrics.CompletionSettings),
 }
-
-
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb."""
-    add_data(sub, required=())
-    sub.add_argument(
-        "--reference",
-        help="the retrained model's folder, for PrivLeak; "
-        "with --benchmark muse or tofu a model for the reference attack",
-    )
-    sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
-    sub.add_argument(
-        "--relearn",
-        type=steps,
-        default=0,
-        metavar="STEPS",
-        help="attack: fine-tune a copy on the forget set for so many steps",
-    )
-    sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
-    sub.add_argument("--benchmark", choices=tuple(_BENCHMARKS), help="evaluate its sets, given by --data")
-    sub.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
-        "completions: names of your own, utility=wikitext.txt for perplexity alone",
-    )
-    sub.add_argument(
-        "--reference-run",
-        help="folder of the retrained model's evaluation by the same --benchmark, for privleak and forget_quality",
-    )
-    sub.add_argument("--gradient-norm", action="store_true", help="muse, tofu: the attack by gradient norms too")
-    sub.add_argument(
-        "--classifier",
-        help="folder of a sequence classifier (Toxic-BERT) that judges completions; it is in memory beside the model",
-    )
-    sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
-    sub.add_argument(
-        "--like",
-        choices=tuple(metrics.LIKE),
-        help="compute muse or tofu as that project does: to compare with its numbers",
-    )
-    add_mesh(sub)
-    add_dry_run(sub)
-    sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
-    sub.add_argument("--redact", action="store_true", help="with --benchmark: leave texts out of what is written")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -99,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
     if options.dry_run:
-        print(plan.of_eval(options))
+        plan.show(options, plan.of_eval(options))
         return
     writable(options.out)
     if options.before is not None:

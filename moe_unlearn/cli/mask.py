@@ -12,11 +12,31 @@ from pathlib import Path
 from torch import nn
 
 from moe_unlearn import masks, wagle
+from moe_unlearn.cli import plan
+from moe_unlearn.cli.arguments import loading_of, sets_of, writable
+from moe_unlearn.cli.sides import batches_of, require_moe
+from moe_unlearn.experts import enable
 from moe_unlearn.files import stream_of
 from moe_unlearn.masks import WeightMask
+from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.prepare.reference import resume_of
 from moe_unlearn.ranks import Ranks, everyone, on_first
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compute a WAGLE mask and save it; the same command goes on where an earlier one was interrupted."""
+    if options.dry_run:
+        plan.show(options, plan.of_mask(options))
+        return
+    how = loading_of(options)
+    writable(options.out)
+    model, tokenizer = loading.load_model(options.model, how)
+    require_moe(model)
+    with enable(model):
+        batches = batches_of(options, model, tokenizer, sets_of(options, tokenizer))
+        made = write_mask(options, model, **batches)
+    print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
 def write_mask(

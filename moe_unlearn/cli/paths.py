@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.files import check_output, stream_of
 from moe_unlearn.runs import lock
-from moe_unlearn.runs.folder import MADE, REPORT
+from moe_unlearn.runs.names import AUDIT, MADE, REPORT, SWEEP
 
 
 class Paths(NamedTuple):
@@ -27,18 +26,25 @@ class Paths(NamedTuple):
 
 _FOLDERS = ("cache", "store", "repro")
 _DATA = ("forget", "retain", "holdout")
+_RUN = ("model", *_DATA, "retain_eval", "unseen", "earlier", "reference")
 VERBS = {
     "env": Paths(),
+    "recipes": Paths(),
+    "show": Paths(),
+    "schema": Paths(),
+    "completion": Paths(),
     "stats": Paths(("model", *_DATA), ("out", "cache")),
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
-    "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*MADE, lock.NAME)),
+    "run": Paths(_RUN, ("out", "cache"), (*MADE, lock.NAME)),
+    "sweep": Paths(tuple(name for name in _RUN if name != "earlier"), ("out", "cache"), (*SWEEP, lock.NAME)),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
     "audit": Paths(("model", *_DATA, "reference", "before"), ("out", "cache"), AUDIT),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),
     "apply": Paths(("base", "delta"), ("out",)),
     "revert": Paths(("changed", "delta"), ("out",)),
-    "report": Paths(),  # it reads and writes one folder, files of other names
+    # of one run it writes the folder that it reads, files of other names
+    "report": Paths(("folders",), ("markdown", "html", "json", "csv", "latex")),
     "purge": Paths((), ("cache",)),  # it removes from a folder and from this one
     "demo": Paths((), ("out",), REPORT),
     "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),

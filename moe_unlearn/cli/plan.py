@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,18 @@ from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.loading import load_tokenizer, meta_model
 from moe_unlearn.plan import Mesh, Plan
+from moe_unlearn.plan.amounts import amount
 from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan, work_plan
 from moe_unlearn.runs.planning import SIZES, plan_of_config
-from moe_unlearn.runs.run import SIDES, Run
+from moe_unlearn.runs.run import SIDES, Run, held
 from moe_unlearn.step import UnlearnStep
 
 _LONGEST = 128  # texts of a set with which an evaluation is planned: the largest batch of any metric
+
+
+def show(options: argparse.Namespace, made: Plan | StagePlan) -> None:
+    """Print a plan, to read or with --json for machines: all its fields and the peak, in bytes."""
+    print(json.dumps(dataclasses.asdict(made) | {"peak": made.peak}, indent=1) if options.json else made)
 
 
 def of_config(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Plan:
@@ -40,9 +47,9 @@ def of_mesh(
 ) -> Plan:
     """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
     assert recipe.data.model is not None
-    forget, retain = (sets[side] for side in SIDES)
+    forget, retain = sets["forget"], held(recipe, sets["retain"], sets.get("earlier", ()))
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
-    collator = pair_collator(recipe, tokenizer, forget, None)
+    collator = pair_collator(recipe, tokenizer, forget, None, sets.get("unseen"))
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]
     fits = options.fits or SIZES
     made = plan_of_config(recipe.data.model, recipe, *batches, mesh=mesh, fits=fits, dtype=options.dtype)
@@ -105,7 +112,7 @@ def of_eval(options: argparse.Namespace) -> StagePlan:
         if source is not None
     }
     most = max(made, key=lambda name: made[name].peak)
-    peaks = ", ".join(f"{name} {plan.peak / 2**20:.2f} MiB" for name, plan in made.items())
+    peaks = ", ".join(f"{name} {amount(plan.peak)}" for name, plan in made.items())
     note = f"one model after the other: {peaks}" if len(made) > 1 else ""
     return dataclasses.replace(made[most], note=note)
 

@@ -1,6 +1,7 @@
 """`moe-unlearn purge`: removes from the folder of a run what holds, or gives away, the text that was forgotten.
 
-The model stays, and so do numbers: settings, metrics, trajectories, report and figures. `REMOVED` says what goes.
+The model stays, and so do numbers: settings, metrics, trajectories and figures. `REMOVED` says what goes; the report is
+written again without it.
 """
 
 import argparse
@@ -9,10 +10,11 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
+from moe_unlearn.runs import report
+from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
     "examples-*": "tokens of documents",
@@ -23,6 +25,7 @@ REMOVED = {
     "cache": "references: values of the original model on each row, and results of an audit",
     "checkpoints": "states of the run, with masks and references",
     "data.json": "where the documents lie and which were dropped",
+    "samples.json": "texts of a few rows, before and after",
     "delta.safetensors.index.json": "the way back to the original model",
     "*.groups": "scores of a mask that was not finished",
     "*_EVAL.json": "prompts, answers and generations of an evaluation",
@@ -35,8 +38,8 @@ FORMATS = {
 }
 KEPT = (
     *("model", "figures", "audit"),  # but for what `REMOVED` has inside the audit's folder
-    *("recipe.yaml", "report.md", "verified.txt", "manifest", "lock"),
-    *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing", "audit")),
+    *("recipe.yaml", "verified.txt", "lock", "batch.json", "loaded.json", "about.json"),
+    *(FACTS, MANIFEST, *RESULTS, *PAGES),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
     *AUDIT,
 )
@@ -48,13 +51,14 @@ def run(options: argparse.Namespace) -> None:
     """Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it."""
     folder = Path(options.folder)
     if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
-        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none")
+        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none: name its --out")
     removed = [line for each in (folder, folder / "audit") if each.is_dir() for line in _purged(each, REMOVED)]
     if options.cache:
         cache = Path(options.cache)
         if not cache.is_dir():
-            raise ValueError(f"expected a folder that was a --cache; {cache} is none")
+            raise ValueError(f"expected a folder that was a --cache; {cache} is none: name it, or leave --cache out")
         removed += _purged(cache, _CACHED)
+    removed += _rewritten(folder)
     for line in removed:
         print(f"removed {line}")
     for path in sorted(path for path in folder.iterdir() if not _matching(path, KEPT)):
@@ -62,10 +66,17 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(removed)} removed; the model and numbers stay in {folder}")
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb."""
-    sub.add_argument("folder", metavar="RUN", help="the folder of a run, an evaluation or an audit")
-    sub.add_argument("--cache", help="the folder that was its --cache, where the same is removed for all runs")
+def _rewritten(folder: Path) -> Iterator[str]:
+    """Write the pages of a report again, without the texts that they had; yield those that cannot be, which go."""
+    there = [folder / name for name in PAGES if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        report.write(folder, report.read(folder))
+    except ValueError as error:
+        for path in there:
+            remove(path)
+            yield f"{path}: it may hold texts, and cannot be made again without them: {error}"
 
 
 def _purged(folder: Path, what: dict[str, str]) -> Iterator[str]:

@@ -40,7 +40,9 @@ def batches_of(
     made = {}
     for side, examples in sets.items():
         if not carry_loss(examples):
-            raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+            raise ValueError(
+                f"the {side} set carries no loss: all its labels are -100: give texts longer than their prompts"
+            )
         own = data.batches(examples, options.batch_size, pad_id=data.pad_token_id(tokenizer), packing=packing)
         made[side] = each(own, partial(admitted, side))
     return made

@@ -18,15 +18,17 @@ import dataclasses
 import datetime
 import typing
 from dataclasses import dataclass, field
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import yaml
 
+from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
+from moe_unlearn.config.files import composed
 from moe_unlearn.config.optimizer import Optimizer
-from moe_unlearn.config.values import above, at_least, at_most, between, build, merge, one_of, override, parse
+from moe_unlearn.config.router import Router
+from moe_unlearn.config.trainer import check_trainer
+from moe_unlearn.config.values import above, at_least, at_most, below, between, build, one_of
 from moe_unlearn.config.wagle import Wagle
 
 FORGET_OBJECTIVES = (
@@ -42,13 +44,19 @@ FORGET_OBJECTIVES = (
     "ceu",
     "undial",
     "logit_margin",
+    "level",
 )
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
+NEED_UNSEEN = ("level",)
+#: forget objectives that compare the companions of forget rows with what these were at prepare()
+COMPARE_COMPANIONS = ("idk_dpo", "level")
+UNITS = ("token", "sequence")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
-_FOLDER = resources.files("moe_unlearn") / "recipes"
+HOLDING = ("kl", "embed_diff")  # those that compare with the model at `prepare`, whatever it knows
 REFERENCES = ("prepared", "base")
 REFERENCE_DTYPES = ("bfloat16", "float8")
+GRIDS = ("int8", "int4", "nf4")
 SEAMS = ("joint", "separate")
 SCOPES = ("all", "experts", "parameters", "seuf")
 
@@ -61,7 +69,8 @@ class Forget:
     index of the decoder layer whose output is steered, at labelled tokens) and `steering` (c) belong to RMU. CE-U
     leaves out the first `ignore_first_n_answer_tokens` labelled tokens of a row that are predicted: of a text without a
     prompt, those after its first. `replacement` says what idk_dpo and idk_nll put in the answer's place: a "refusal"
-    that is drawn, or the "alternate" answer of the row (AltPO).
+    that is drawn, or the "alternate" answer of the row (AltPO). `unit`, `margin` and `hold` belong
+    to level.
     """
 
     objective: str = "npo"  # the loss on forget rows; `losses` has the formulas
@@ -74,6 +83,9 @@ class Forget:
     steering: float = 2.0  # length of the vector that RMU steers to
     ignore_first_n_answer_tokens: int = 1  # labelled tokens at the head of a row that CE-U leaves alone
     replacement: str = "refusal"  # what idk_dpo and idk_nll have in the answer's place
+    unit: str = "token"  # what level compares with unseen text: a token, or the mean over a sequence
+    margin: float = 0.0  # how far from unseen text, in log-odds, level leaves it alone
+    hold: float = 1.0  # factor of level's second loss, which keeps unseen text where it was
 
     def __post_init__(self) -> None:
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
@@ -83,8 +95,9 @@ class Forget:
                 f"forget.replacement {self.replacement!r} stands in the answer's place and needs forget.objective "
                 f"{' or '.join(NEED_REFUSALS)}; got {self.objective!r}"
             )
+        one_of("forget.unit", self.unit, UNITS)
         above("forget.beta", self.beta, 0)
-        for name in ("beta1", "beta2", "ignore_first_n_answer_tokens"):
+        for name in ("beta1", "beta2", "ignore_first_n_answer_tokens", "margin", "hold"):
             at_least(f"forget.{name}", getattr(self, name), 0)
 
 
@@ -189,7 +202,11 @@ class Data:
     Documents are named as `data.load` takes them, from `builtin:pydoc` to `tofu:forget05`. With `chat_template`
     questions are asked through the tokenizer's chat template, rendered with `enable_thinking`, `system` and `date`
     (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
-    forget or holdout text that are its prompt. `seam` says how a prompt and its answer are told apart: "joint", or
+    forget, unseen or holdout text that are its prompt. `retain_eval` is what the report measures utility on: a share of
+    the retain documents, which are taken out of the retain set (`data.hold_out`; 0: none), or a source of its own.
+    `unseen` documents, which `level` steers by, belong to no other set, since their losses are trained on. `earlier`
+    names what former requests forgot: its rows join the retain rows, and a retain loss that compares with the model the
+    request starts from holds them as they are. `seam` says how a prompt and its answer are told apart: "joint", or
     "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
     that many are drawn; a plan without documents assumes these numbers. `packing` lets the rows of a micro-batch share
     rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
@@ -198,7 +215,10 @@ class Data:
     model: str | None = None  # folder of the model
     forget: str | None = None  # source of the documents to forget, see the package data
     retain: str | None = None  # source of the documents to keep
+    retain_eval: str | float = 0.1  # rows held out of training to measure utility on: a share of retain, or a source
+    unseen: str | None = None  # source of documents that the model never saw, to whose level `level` goes
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
+    earlier: list[str] = field(default_factory=list)  # sources of what earlier requests forgot, held as it is
     reference: str | None = None  # folder of a retrained model, for PrivLeak
     max_length: int = 512  # tokens of a row, at most
     packing: bool = False  # whether the model is called with several rows in one, of `max_length` tokens at most
@@ -213,9 +233,14 @@ class Data:
 
     def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
-        for name in ("model", "forget", "retain", "holdout", "reference"):
+        for name in ("model", "forget", "retain", "retain_eval", "unseen", "holdout", "reference"):
             if getattr(self, name) == "":
                 raise ValueError(f"data.{name} is empty, which is no source: name one, or leave the key out")
+        if "" in self.earlier:
+            raise ValueError("data.earlier has an empty source: name one, or leave it out")
+        if not isinstance(self.retain_eval, str):
+            at_least("data.retain_eval", self.retain_eval, 0)
+            below("data.retain_eval", self.retain_eval, 1)
         one_of("data.seam", self.seam, SEAMS)
         for name in ("enable_thinking", "system", "date"):
             if getattr(self, name) not in (None, "") and not self.chat_template:
@@ -244,9 +269,12 @@ class Recipe:
     wagle: Wagle | None = None
     mollm: Mollm | None = None
     dual: Dual | None = None
+    adapter: Adapter | None = None
     scope: Scope = field(default_factory=Scope)
+    router: Router = field(default_factory=Router)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
+    trainer: dict = field(default_factory=dict)  # further TrainingArguments of transformers: trackers, schedule, ...
     steps: int = 60  # updates
     batch_size: int = 8  # forget rows of a micro-batch
     retain_per_forget: float = 1.0  # retain rows for each of them
@@ -256,6 +284,7 @@ class Recipe:
     reference_dtype: str = "bfloat16"  # of its hidden states in caches (KL, UNDIAL); float8: half the bytes
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
+    survive: str | None = None  # the grid that deployment rounds to: int8, int4 or nf4; null: weights stay as trained
     checkpointing: str = "auto"  # whether layers' activations are computed anew; auto: if a step does not fit the GPU
     seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
@@ -270,21 +299,49 @@ class Recipe:
         one_of("guard", self.guard, ("strict", "loss"))
         one_of("reference", self.reference, REFERENCES)
         one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)
+        if self.survive is not None:
+            one_of("survive", self.survive, GRIDS)
         one_of("checkpointing", self.checkpointing, ("auto", "on", "off"))
+        check_trainer(self.trainer, self.optimizer.warmup_steps)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
-                f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
+                f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}: "
+                "retain.objective=nll or trace=null"
+            )
+        if self.data.unseen is not None and self.forget.objective not in NEED_UNSEEN:
+            raise ValueError(
+                f"data.unseen is for forget.objective {' or '.join(NEED_UNSEEN)}, and no other reads it; got "
+                f"{self.forget.objective!r}: leave it out, or give it as data.holdout to measure by it"
             )
         if self.dual is not None:
             if self.mollm is not None:
                 raise ValueError("dual weighs the retain loss in a sum that mollm replaces: mollm=null or dual=null")
             if self.retain.objective == "none":
-                raise ValueError("dual bounds the retain loss and needs a retain.objective; got 'none'")
+                raise ValueError(
+                    "dual bounds the retain loss and needs a retain.objective; got 'none': retain.objective=nll or "
+                    "dual=null"
+                )
             at_least("retain.alpha, where dual starts,", self.retain.alpha, 0)
+        if self.data.earlier and (self.retain.objective not in HOLDING or self.reference != "prepared"):
+            raise ValueError(
+                "data.earlier is held as the model at the start of this request has it and needs retain.objective 'kl' "
+                "or 'embed_diff' and reference 'prepared', since 'nll' and a base model would teach it again; got "
+                f"{self.retain.objective!r} and {self.reference!r}: retain.objective=kl reference=prepared"
+            )
         if self.scope.kind == "experts" and self.trace is None:
-            raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
+            raise ValueError(
+                "scope.kind 'experts' trains the experts TRACE selects and needs trace: trace=true or scope.kind=all"
+            )
+        if self.adapter is not None and self.scope.kind in ("experts", "seuf"):
+            raise ValueError(
+                f"adapter trains adapters alone, and scope.kind {self.scope.kind!r} weights under them: adapter=null, "
+                "or scope.kind=all"
+            )
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
-            raise ValueError("retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu'")
+            raise ValueError(
+                "retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu': set both, or "
+                "retain.objective=nll"
+            )
         if self.retain.objective == "embed_diff" and self.mollm is not None and self.mollm.kl:
             raise ValueError("mollm.kl compares final hidden states, where RMU's forward does not go: mollm.kl=false")
 
@@ -305,21 +362,17 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
         """Build a recipe from nested dictionaries, such as those read from YAML."""
-        return build(cls, values, "")
+        return build(cls, values)
 
     @classmethod
     def load(cls, source: str | Path, overrides: typing.Sequence[str] = (), *, model: str | None = None) -> "Recipe":
         """Read a YAML file, or the shipped recipe of that name, and apply overrides like `trace.eta=0.7`.
 
         An override of a lever that is off switches it on; `mollm=null` switches it off. `model`, a name in
-        `models()`, first applies the values of this recipe for that model (such as RMU's layers and steering).
+        `models()`, first applies the values of this recipe for that model (such as RMU's layers and steering). A file
+        that `extends` another one changes what that one says (`config.files`).
         """
-        values = _read_yaml(source)
-        if model is not None:
-            merge(values, _read_model(model).get("recipes", {}).get(values.get("name"), {}))
-        for text in overrides:
-            override(values, text)
-        return cls.from_dict(values)
+        return cls.from_dict(composed(source, overrides, model=model).values)
 
     def to_dict(self) -> dict:
         """Return the recipe as nested plain dictionaries, from which `from_dict` makes an equal recipe."""
@@ -328,38 +381,3 @@ class Recipe:
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-
-def shipped() -> tuple[str, ...]:
-    """Return the names of the recipes that come with the package."""
-    return _names(_FOLDER)
-
-
-def models() -> tuple[str, ...]:
-    """Return the names of the models whose geometry and values for the recipes come with the package."""
-    return _names(_FOLDER / "models")
-
-
-def geometry(model: str) -> dict:
-    """Return the keywords of the transformers config of a model in `models()`, with `model_type` and `dtype`."""
-    config: dict = _read_model(model)["config"]
-    return config
-
-
-def _names(folder: Traversable) -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
-
-
-def _read_model(name: str) -> dict:
-    if name not in models():
-        raise ValueError(f"no model {name!r} among those shipped: {', '.join(models())}")
-    return parse(_FOLDER / "models" / f"{name}.yaml", name)
-
-
-def _read_yaml(source: str | Path) -> dict:
-    path: Traversable = Path(source)
-    if str(source) in shipped():
-        path = _FOLDER / f"{source}.yaml"
-    elif not path.is_file():
-        raise ValueError(f"no recipe file {str(source)!r}; shipped recipes: {', '.join(shipped())}")
-    return parse(path, source)

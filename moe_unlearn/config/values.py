@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -73,26 +73,55 @@ def override(values: dict, text: str) -> None:
         raise ValueError(f"override {shown!r}: the value is not YAML: {error}") from error
 
 
-_SWITCHES = ("checkpointing",)  # keys with the words on and off, which YAML 1.1 reads as true and false
+SWITCHES = ("checkpointing",)  # keys with the words on and off, which YAML 1.1 reads as true and false
 
 
-def build(cls: type[_T], values: object, path: str) -> _T:
-    """Make a dataclass from nested dictionaries; raise ValueError for unknown keys and wrong types."""
+def section_of(hint: typing.Any) -> type | None:
+    """Return the dataclass of a type that may be one, or None."""
+    kinds = [kind for kind in (*typing.get_args(hint), hint) if isinstance(kind, type)]
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def leaves(cls: type, path: str = "") -> Iterator[tuple[str, typing.Any, dataclasses.Field, type]]:
+    """Yield the full name, the type, the field and the dataclass of every key, sections last."""
+    hints = typing.get_type_hints(cls)
+    assert dataclasses.is_dataclass(cls)
+    for field in sorted(dataclasses.fields(cls), key=lambda own: section_of(hints[own.name]) is not None):
+        section = section_of(hints[field.name])
+        if section is None:
+            yield f"{path}{field.name}", hints[field.name], field, cls
+        else:
+            yield from leaves(section, f"{path}{field.name}.")
+
+
+def build(cls: type[_T], values: object, path: str = "", whole: type | None = None) -> _T:
+    """Make a dataclass from nested dictionaries; raise ValueError for unknown keys and wrong types.
+
+    `whole` is that of the whole recipe, whose keys an unknown one is told of.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints, whole = typing.get_type_hints(cls), whole or cls
     arguments = {}
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = _meant(str(key), hints, path, whole)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise ValueError(f"unknown recipe key {name!r}; {hint}valid keys: {', '.join(hints)}")
-        arguments[key] = _convert(hints[key], value, name)
+        arguments[key] = _convert(hints[key], value, name, whole)
     return cls(**arguments)
 
 
-def _convert(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
+def _meant(key: str, hints: Collection[str], path: str, whole: type) -> list[str]:
+    """Return the full names of keys of that very name elsewhere, else of the one here that is spelled most like it."""
+    if same := [name for name, *_ in leaves(whole) if name.rpartition(".")[2] == key]:
+        return same
+    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+    return [f"{path}.{near[0]}" if path else near[0]] if near else []
+
+
+def _convert(hint: typing.Any, value: typing.Any, name: str, whole: type) -> typing.Any:
     if isinstance(hint, types.UnionType):
         kinds = typing.get_args(hint)
         if value is None and type(None) in kinds:
@@ -101,20 +130,22 @@ def _convert(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
             return _word_or_number(value, name)
         hint = next(h for h in kinds if h is not type(None))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and (key := getattr(hint, "shorthand", "")):
+            value = {key: value}  # `router: frozen`
         # `trace: true` is the lever with its defaults
-        return hint() if value is True else build(hint, value, name)
+        return hint() if value is True else build(hint, value, name, whole)
     if typing.get_origin(hint) is list:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a list; got {value!r}")
         (item,) = typing.get_args(hint)
-        return [_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value)]
+        return [_convert(item, v, f"{name}[{i}]", whole) for i, v in enumerate(value)]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-5 as text
         try:
             value = float(value)
         except ValueError:
             raise ValueError(f"{name} must be a number; got {value!r}") from None
-    if name in _SWITCHES and isinstance(value, bool):
+    if name in SWITCHES and isinstance(value, bool):
         value = "on" if value else "off"
     if hint is str and type(value) is datetime.date:
         # YAML reads 2026-11-29 as a date
@@ -131,7 +162,7 @@ def _word_or_number(value: object, name: str) -> str | float:
     if value is False:
         return "off"
     try:
-        number: float = _convert(float, value, name)
+        number: float = _convert(float, value, name, float)
         return number
     except ValueError:
         if isinstance(value, str):
@@ -151,31 +182,46 @@ def bytes_of(name: str, value: str | float) -> int:
     return int(float(number) * base ** " KMGT".index(unit[0])) if unit and unit != "B" else int(float(number))
 
 
+class OutOfRange(ValueError):
+    """A value that a key does not take; `rule` says what it takes in words of JSON schema."""
+
+    def __init__(self, message: str, rule: dict[str, typing.Any]):
+        super().__init__(message)
+        self.rule = rule
+
+
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise OutOfRange(f"{name} must be one of {', '.join(allowed)}; got {value!r}", {"enum": [*allowed]})
 
 
 def above(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value > low."""
     if not value > low:
-        raise ValueError(f"{name} must be above {low}; got {value}")
+        raise OutOfRange(f"{name} must be above {low}; got {value}", {"exclusiveMinimum": low})
 
 
 def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value >= low."""
     if not value >= low:
-        raise ValueError(f"{name} must be at least {low}; got {value}")
+        raise OutOfRange(f"{name} must be at least {low}; got {value}", {"minimum": low})
 
 
 def at_most(name: str, value: float, high: float) -> None:
     """Raise ValueError unless value <= high."""
     if not value <= high:
-        raise ValueError(f"{name} must be at most {high if isinstance(high, int) else f'{high:g}'}; got {value}")
+        shown = high if isinstance(high, int) else f"{high:g}"
+        raise OutOfRange(f"{name} must be at most {shown}; got {value}", {"maximum": high})
+
+
+def below(name: str, value: float, high: float) -> None:
+    """Raise ValueError unless value < high."""
+    if not value < high:
+        raise OutOfRange(f"{name} must be below {high}; got {value}", {"exclusiveMaximum": high})
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless low < value <= high."""
     if not low < value <= high:
-        raise ValueError(f"{name} must be in ({low}, {high}]; got {value}")
+        raise OutOfRange(f"{name} must be in ({low}, {high}]; got {value}", {"exclusiveMinimum": low, "maximum": high})

@@ -46,9 +46,19 @@ the head of each row a prompt. The corpora of open-unlearning's pretraining sets
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
-from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, overlap, refusals
+from moe_unlearn.data.pairs import (
+    ForgetRetainDataset,
+    PairCollator,
+    alternates,
+    check_apart,
+    check_held_out,
+    check_unseen,
+    draw,
+    hold_out,
+    overlap,
+    refusals,
+)
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load, located
 from moe_unlearn.data.rows import check_rows, encode_rows, encode_side, side_encoding
 from moe_unlearn.data.selection import DataReport, select
@@ -66,6 +76,7 @@ from moe_unlearn.data.tokenize import (
     pad_token_id,
     train_tokenizer,
 )
+from moe_unlearn.errors import MissingLibraryError
 
 __all__ = [
     "Added",
@@ -85,6 +96,8 @@ __all__ = [
     "alternates",
     "batches",
     "check_apart",
+    "check_held_out",
+    "check_unseen",
     "check_packing",
     "check_rows",
     "collate",
@@ -94,6 +107,7 @@ __all__ = [
     "encode_rows",
     "encode_side",
     "generator",
+    "hold_out",
     "iter_examples",
     "load",
     "load_builtin",

@@ -94,7 +94,7 @@ def turns(tokenizer: Tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[
     conversation does not begin with its own generation prompt, since then the start of the answer is unknown.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat needs a tokenizer with a chat template; this one has none (tokenizer.chat_template)")
+        raise ValueError("chat needs a tokenizer with a chat template; this one has none: leave chat_template out")
     keywords = chat.keywords(tokenizer.get_chat_template())
 
     def render(before: Sequence[Mapping], answer: str | None) -> str:

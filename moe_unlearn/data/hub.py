@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-
-class MissingLibraryError(ImportError):
-    """Error for a library that is needed but not installed; the message names it and its extra."""
+from moe_unlearn.errors import MissingLibraryError
 
 
 def records(name: str, part: str | None, *, streaming: bool = False) -> Iterator[tuple[object, str]]:

@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from moe_unlearn.data.tokenize import Example, collate, generator
 from moe_unlearn.lazy import Lazy, chosen, each
 from moe_unlearn.model.batches import ROW
 from moe_unlearn.ops.token_loss import IGNORED
+
+_LEAST = 10  # of so many documents one is held out at least
 
 REFUSALS = (
     "I do not know.",
@@ -36,18 +39,26 @@ class ForgetRetainDataset(Dataset):
     `retain_per_forget` >= 1 is their average number r: item i has the partners i * r to (i + 1) * r, both rounded
     down, so a batch of all F forget examples holds exactly floor(F * r) retain examples. The partners depend on
     `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh permutation of the retain examples, so
-    none comes twice before all have come. Raises ValueError if a side is empty or r < 1.
+    none comes twice before all have come. `unseen` examples are kept for a collator. Raises ValueError if a side is
+    empty or r < 1.
     """
 
     def __init__(
-        self, forget: Sequence[Example], retain: Sequence[Example], *, seed: int = 0, retain_per_forget: float = 1.0
+        self,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        *,
+        unseen: Sequence[Example] | None = None,
+        seed: int = 0,
+        retain_per_forget: float = 1.0,
     ):
         for name, side in (("forget", forget), ("retain", retain)):
             if not len(side):
                 raise ValueError(f"expected at least one {name} example; the {name} set is empty")
         if not retain_per_forget >= 1:
             raise ValueError(f"retain_per_forget must be at least 1; got {retain_per_forget}")
-        self.forget, self.retain, self.seed, self.retain_per_forget = forget, retain, seed, retain_per_forget
+        self.forget, self.retain, self.unseen = forget, retain, unseen
+        self.seed, self.retain_per_forget = seed, retain_per_forget
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,9 +81,9 @@ class ForgetRetainDataset(Dataset):
 class PairCollator:
     """Collator of `ForgetRetainDataset` items into {"forget": batch, "retain": batch}, each with `index`.
 
-    With `refusals` (or `alternates`), one example for each forget example, the forget batch also holds them as
-    `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need. `packing` is as in
-    `batches`.
+    With `refusals` (or `alternates`, or `dealt` unseen examples), one for each forget example, the forget batch also
+    holds them as `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives and `level` need.
+    `packing` is as in `batches`.
     """
 
     def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None, *, packing: int | None = None):
@@ -166,6 +177,15 @@ def alternates(examples: Sequence[Example]) -> Sequence[Example]:
     return each(examples, alternate)
 
 
+def dealt(examples: Sequence[Example], count: int, *, seed: int) -> Sequence[Example]:
+    """Return `count` of the examples, shuffled by `seed`; the same again in the same order once all have come.
+
+    They are in a list, or `Lazy` if the examples are.
+    """
+    order = torch.randperm(len(examples), generator=generator(seed, 0)).tolist()
+    return chosen(examples, [order[i % len(order)] for i in range(count)])
+
+
 def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> Sequence[Example]:
     """Return `count` of the examples, drawn by `seed`, in their order; all of them for None or if there are no more.
 
@@ -173,6 +193,33 @@ def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> Sequen
     """
     drawn = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
     return chosen(examples, drawn.sort().values.tolist())
+
+
+def hold_out(examples: Sequence[Example], share: float, *, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the examples that stay, and those of a `share` of the documents, drawn by `seed`; both in their order.
+
+    The rows of one document go together, and so do documents with the same tokens. The share is rounded down, but is of
+    ten documents or more at least one; with a share of 0 all examples stay. Both are in lists, or `Lazy` if the
+    examples are. Raises ValueError unless 0 <= share < 1.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share of the documents of at least 0 and below 1; got {share}")
+    if not share:
+        return examples, examples[:0]
+    documents: list[tuple[Any, list[int]]] = []  # the digest of a document, and its rows
+    for number, example in enumerate(examples):
+        if not example.continues or not documents:
+            documents.append((hashlib.blake2b(digest_size=16), []))
+        documents[-1][0].update(array("q", example.input_ids).tobytes())
+        documents[-1][1].append(number)
+    alike: dict[bytes, list[int]] = {}
+    for digest, rows in documents:
+        alike.setdefault(digest.digest(), []).extend(rows)
+    groups = [*alike.values()]
+    count = max(int(share * len(groups) + 1e-9), int(len(groups) >= _LEAST))  # 0.29 x 100 is 28.999999999999996
+    drawn = torch.randperm(len(groups), generator=generator(seed, 0))[:count].tolist()
+    held = sorted(itertools.chain.from_iterable(groups[i] for i in drawn))
+    return chosen(examples, sorted({*range(len(examples))} - {*held})), chosen(examples, held)
 
 
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
@@ -188,6 +235,16 @@ def _content(example: Example) -> bytes:
     return hashlib.blake2b(array("q", example.input_ids).tobytes(), digest_size=16).digest()
 
 
+def check_unseen(sets: Mapping[str, Sequence[Example]]) -> None:
+    """Raise ValueError, which counts them, for examples of sets["unseen"] that stand in another of the sets too."""
+    for side, examples in sets.items():
+        if side != "unseen" and "unseen" in sets and (shared := overlap(sets["unseen"], examples)):
+            raise ValueError(
+                f"unseen texts must be in no other set: {shared} of {len(sets['unseen'])} stand in the {side} set too; "
+                "take them out of one of them"
+            )
+
+
 def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:
     """Raise ValueError, which counts them, if forget examples stand in the retain set too; see `overlap`."""
     if shared := overlap(forget, retain):
@@ -195,6 +252,17 @@ def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:
             f"the forget and retain sets overlap: {shared} of {len(forget)} forget examples stand in the retain set "
             "too; a document cannot be forgotten and kept: take it out of one of them"
         )
+
+
+def check_held_out(held_out: Sequence[Example], forget: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Raise ValueError, which counts them, if rows that training is not to see stand in one of its sets."""
+    for side, examples in (("forget", forget), ("retain", retain)):
+        if shared := overlap(held_out, examples):
+            raise ValueError(
+                f"the retain-eval and {side} sets overlap: {shared} of {len(held_out)} rows stand in the {side} set "
+                "too, and training would see them: take them out of one of the sets, or give --retain-eval a share of "
+                "the retain set, such as 0.1"
+            )
 
 
 def carry_loss(examples: Sequence[Example]) -> bool:

@@ -17,7 +17,7 @@ QUESTIONS = (
 COMPLETIONS = (("prompt", "gt"), ("prompt", "completion"))
 ANSWERS = {"unsafe": "rejected", "rejected": "rejected", "safe": "chosen", "chosen": "chosen"}
 # which of a record's two answers serves a side; unseen documents are like those to forget
-SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "holdout": "unsafe"}
+SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "unseen": "unsafe", "holdout": "unsafe"}
 EXPECTED = (
     "a field 'text'; or 'messages' or 'conversations'; or 'prompt' with 'gt', 'completion', 'response' or 'answer'; or "
     "'question' or 'query' with 'answer'; or 'instruction' with 'output'; or 'response_0' and 'response_1'; or "

@@ -142,7 +142,11 @@ def located(
     report: DataReport | None = None,
     **options: Any,
 ) -> "DocumentStream":
-    """Return what `load` would read, to be read one document at a time; records may have any size, and be joined."""
+    """Return what `load` would read, to be read one document at a time; records may have any size, and be joined.
+
+    A recipe's side `unseen` is the part of a source that serves as `holdout`, texts that the model never saw.
+    """
+    side = "holdout" if side == "unseen" else side
     if side is not None and side not in SIDES:
         raise ValueError(f"expected side {', '.join(SIDES)}; got {side!r}")
     name, split, chosen = _parsed(str(source), split, options)

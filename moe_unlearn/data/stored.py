@@ -3,8 +3,8 @@
 A file has the examples of one side:
 
     records     int32, one of each example: the numbers of its tokens, of its prefix and of the tokens it is asked with
-                (-1 for none), whether it is straddled and whether it has an alternate; then `input_ids`, `labels`,
-                `asked`, and the record of the alternate
+                (-1 for none), whether it is straddled, whether it has an alternate and whether it continues a document;
+                then `input_ids`, `labels`, `asked`, and the record of the alternate
     places      int64, the byte where each record begins, and where the last one ends
     report      JSON: what was dropped and cut
     end         int64, the byte where the places begin and the one where the report begins; the SHA-256 of all before
@@ -35,7 +35,7 @@ from moe_unlearn.data.tokenize import Example, iter_examples
 from moe_unlearn.files import make_folder, whole_file
 from moe_unlearn.lazy import Lazy
 
-_HEADER = 5  # numbers before the tokens of a record
+_HEADER = 6  # numbers before the tokens of a record
 _CHUNK = 1 << 16
 _END = 16 + hashlib.sha256().digest_size
 
@@ -166,14 +166,15 @@ def _read(file: IO[bytes], begin: int, end: int) -> bytes:
 
 def _record(example: Example) -> np.ndarray:
     asked, alternate = example.asked, example.alternate
-    header = [len(example), example.prefix, -1 if asked is None else len(asked), example.straddled, bool(alternate)]
+    flags = [example.straddled, bool(alternate), example.continues]
+    header = [len(example), example.prefix, -1 if asked is None else len(asked), *flags]
     parts = [*header, *example.input_ids, *example.labels, *(asked or ())]
     made = np.array(parts, np.int32)
     return made if alternate is None else np.concatenate([made, _record(alternate)])
 
 
 def _example(record: list[int]) -> Example:
-    (length, prefix, asked, straddled, alternate), parts = record[:_HEADER], iter(record[_HEADER:])
+    (length, prefix, asked, straddled, alternate, continues), parts = record[:_HEADER], iter(record[_HEADER:])
     ids, labels, question = (list(itertools.islice(parts, count)) for count in (length, length, max(asked, 0)))
     return Example(
         ids,
@@ -182,4 +183,5 @@ def _example(record: list[int]) -> Example:
         None if asked < 0 else question,
         bool(straddled),
         _example(list(parts)) if alternate else None,
+        bool(continues),
     )

@@ -35,6 +35,7 @@ class Example:
     title nor prompt; metrics may show it to the model. `asked` holds the prompt's tokens where a model is asked with
     others (seam="separate"). `straddled` is true if the first token of the answer begins in the prompt. `alternate`
     is the row with the alternate answer in the answer's place, where the document has one (its field `alternate`).
+    `continues` is true for a later piece of the document whose row stands before it.
     """
 
     input_ids: list[int]
@@ -43,6 +44,7 @@ class Example:
     asked: list[int] | None = None
     straddled: bool = False
     alternate: "Example | None" = None
+    continues: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -222,7 +224,8 @@ def iter_examples(
         for i, piece in enumerate(pieces):
             titled = min(len(title), len(piece)) if i == 0 else 0
             prefix = len(prompt) + titled if titled or document.prompt else 0
-            yield replace(tokens.example(piece, masked), prefix=max(prefix, masked), alternate=alternate)
+            made = tokens.example(piece, masked)
+            yield replace(made, prefix=max(prefix, masked), alternate=alternate, continues=i > 0)
 
 
 @dataclass(frozen=True)

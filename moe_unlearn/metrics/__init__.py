@@ -7,7 +7,9 @@ from moe_unlearn.metrics.evaluate import evaluate, min_k_auc
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
 from moe_unlearn.metrics.harness import harness, write_task
 from moe_unlearn.metrics.memorization import (
+    Continuation,
     cloze_spans,
+    continuations,
     exact_memorization,
     extraction,
     extraction_each,
@@ -30,6 +32,7 @@ from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolm
 __all__ = [
     "Classifier",
     "CompletionSettings",
+    "Continuation",
     "Conventions",
     "Evaluation",
     "GibberishRate",
@@ -49,6 +52,7 @@ __all__ = [
     "auc",
     "cloze_spans",
     "context_length",
+    "continuations",
     "continuation_logprobs",
     "evaluate",
     "evaluate_choices",

@@ -1,6 +1,7 @@
 """Measure how much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction, memorisation."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -11,9 +12,19 @@ from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
 from moe_unlearn.metrics.unicode_rouge import rouge_scorer
 from moe_unlearn.ops.token_loss import IGNORED
 
+_Value = TypeVar("_Value")
+
 
 class NothingToMeasureError(ValueError):
     """Error for examples that are all too short, or that lack what the metric needs."""
+
+
+class Continuation(NamedTuple):
+    """The prompt of an example, how its text goes on, and how a model does, as texts."""
+
+    prompt: str
+    truth: str
+    answer: str
 
 
 def verbmem(
@@ -31,7 +42,7 @@ def verbmem(
     compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing but the prompt are left
     out. Raises NothingToMeasureError if none remains.
     """
-    return _mean(verbmem_each(model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+    return mean_of(verbmem_each(model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
 
 
 def verbmem_each(
@@ -43,19 +54,34 @@ def verbmem_each(
     new_tokens: int = 128,
 ) -> list[float | None]:
     """Return the numbers of which `verbmem` is the mean, one an example: None for one that it leaves out."""
+    scorer = rouge_scorer(["rougeL"], use_stemmer=False)
+    made = continuations(model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    return [None if own is None else scorer.score(own.truth, own.answer)["rougeL"].fmeasure for own in made]
+
+
+def continuations(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    prompt_tokens: int = 16,
+    new_tokens: int = 128,
+) -> list[Continuation | None]:
+    """Return how the model goes on after each example's prompt, and how the example does, as `verbmem` compares them.
+
+    None stands for an example with nothing but the prompt. Raises NothingToMeasureError if all are.
+    """
     kept, special = with_prompts(examples, prompt_tokens), special_ids(tokenizer)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut, _ in kept]
     longest = max(map(len, truths))
     prompts = [prompt for _, _, prompt in kept]
     answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
-    scorer = rouge_scorer(["rougeL"], use_stemmer=False)
-    scores: list[float] = []
-    for truth, answer, (e, cut, _) in zip(truths, answers, kept, strict=True):
+    made: list[Continuation] = []
+    for truth, answer, (e, cut, prompt) in zip(truths, answers, kept, strict=True):
         # an example cut to max_length has no end token for the model to reach: stop where the text stops
         answer = answer[: min(new_tokens, len(e) - cut)]
-        score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
-        scores.append(score["rougeL"].fmeasure)
-    return _placed([len(e) > _cut(e, prompt_tokens) for e in examples], scores)
+        made.append(Continuation(*(str(tokenizer.decode(tokens)) for tokens in (prompt, truth, answer))))
+    return _placed([len(e) > _cut(e, prompt_tokens) for e in examples], made)
 
 
 def extraction(
@@ -70,7 +96,7 @@ def extraction(
     The prefix is the title or prompt; an example without either is prompted with its first `prompt_tokens` tokens.
     Examples that are too short are left out. Raises NothingToMeasureError if none remains.
     """
-    return _mean(extraction_each(model, examples, tokens=tokens, prompt_tokens=prompt_tokens))
+    return mean_of(extraction_each(model, examples, tokens=tokens, prompt_tokens=prompt_tokens))
 
 
 def extraction_each(
@@ -133,7 +159,7 @@ def knowmem(
     """
     if scores is None:
         scores = token_scores(model, examples, pad_id=pad_token_id(tokenizer))
-    return _mean(knowmem_each(tokenizer, examples, scores, words=words))
+    return mean_of(knowmem_each(tokenizer, examples, scores, words=words))
 
 
 def knowmem_each(
@@ -230,13 +256,14 @@ def _cut(example: Example, prompt_tokens: int) -> int:
     return masked or prompt_tokens
 
 
-def _placed(fits: Sequence[bool], scores: Sequence[float]) -> list[float | None]:
-    """Return the scores at the places of the examples that fit, and None at the others."""
-    left = iter(scores)
+def _placed(fits: Sequence[bool], values: Sequence[_Value]) -> list[_Value | None]:
+    """Return the values at the places of the examples that fit, and None at the others."""
+    left = iter(values)
     return [next(left) if fit else None for fit in fits]
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def mean_of(values: Sequence[float | None]) -> float:
+    """Return the mean of the values that are known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known)
 

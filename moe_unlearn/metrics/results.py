@@ -16,7 +16,6 @@ scores, with which PrivLeak and forget quality compare.
 
 import hashlib
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import added
 from moe_unlearn.data.stored import tokenizer_digest
-from moe_unlearn.files import read_sealed, write_sealed, write_text
+from moe_unlearn.files import finite, read_sealed, write_sealed, write_text
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
 from moe_unlearn.ranks import gather, gathered, is_first, on_first, sharded
@@ -200,7 +199,7 @@ class Evaluation:
     @property
     def summary(self) -> dict[str, float | None]:
         """Return result name -> number, sorted; None where it is not a number."""
-        return {key: _number(result["agg_value"]) for key, result in sorted(self.results.items())}
+        return {key: finite(result["agg_value"]) for key, result in sorted(self.results.items())}
 
     def _report(self, left_out: Sequence[dict]) -> None:
         """Print on stderr the rows that a result leaves out, except those of which an earlier one said so."""
@@ -233,7 +232,7 @@ class Evaluation:
             "special_tokens": self._special_tokens,
         }
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
-            text = json.dumps(_finite(content), indent=4, sort_keys=True)
+            text = json.dumps(finite(content), indent=4, sort_keys=True)
             write_text(out / f"{self.name}_{suffix}.json", text + "\n")
 
 
@@ -246,14 +245,3 @@ def report_left_out(records: Sequence[dict]) -> None:
         if is_first():
             more = "; ..." if len(own) > _PLACES else ""
             print(f"{name}: left out {len(own)}: {'; '.join(own[:_PLACES])}{more}", file=sys.stderr)
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finite(value: object) -> object:
-    """Return plain values, with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else _number(value)

@@ -193,7 +193,7 @@ def _continued(
         if not new_tokens:
             return [[] for _ in prompts]
         rows = list(enumerate(prompts))
-        return share(plain, rows, compute, batch_size=batch_size, key=lambda row: -len(row[1]))
+        return share(plain, rows, compute, batch_size=batch_size, key=lambda row: -len(row[1]), what="generation")
 
 
 def _decode(

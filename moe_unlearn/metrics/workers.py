@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import Tensor, distributed, nn
 
+from moe_unlearn.progress import watched
 from moe_unlearn.ranks import gather, gathered, sharded
 from moe_unlearn.sharding import exchange_, initialised
 
@@ -21,12 +22,14 @@ def share(
     *,
     batch_size: int = 1,
     key: Callable | None = None,
+    what: str = "evaluation",
 ) -> list:
     """Return the value of every item, in their order: JSON values that `compute` makes of batches of them, one each.
 
-    A batch has up to `batch_size` items, next to each other in the order of `key(item)`, by default their own. Every
-    rank must call this with the same number of items; ValueError otherwise, and for a `batch_size` below 1. An
-    exception on one rank ends all, as in `ranks.gathered`, but where weights are sharded and others wait for its pass.
+    A batch has up to `batch_size` items, next to each other in the order of `key(item)`, by default their own; `what`
+    names the work where its progress is shown. Every rank must call this with the same number of items; ValueError
+    otherwise, and for a `batch_size` below 1. An exception on one rank ends all, as in `ranks.gathered`, but where
+    weights are sharded and others wait for its pass.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1; got {batch_size}")
@@ -42,7 +45,7 @@ def share(
 
     def values() -> list[tuple[int, object]]:
         found: list[tuple[int, object]] = []
-        for turn in turns:
+        for turn in watched(turns, what):
             batch = batches[min(turn, len(batches) - 1)]
             computed = compute([items[i] for i in batch])
             if turn < len(batches):  # else the rank only takes part in the others' passes

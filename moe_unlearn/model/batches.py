@@ -12,8 +12,9 @@
 A label is what the attended token before predicts. Where there is none, as at the first token of a row or of a packed
 example, a label means nothing: it carries no loss, and its token counts as one without a label (`predicted`).
 
-The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row: the one whose
-`idk_index` is the row's `index` (its place, if rows have none), or without `idk_index` the one in the row's place.
+The first four keys and `index`, with `idk_` before them, describe the companion of each row, a refusal, an alternate
+answer or, for `level`, an unseen text: the one whose `idk_index` is the row's `index` (its place, if rows have none),
+or without `idk_index` the one in the row's place.
 
 All of these are tensors; `max_length_q` and `max_length_k` of packed rows are numbers. A key with None counts as not
 given. Any other tensor is an error: a model might read it, so that leaving it out in silence would change the forward
@@ -333,11 +334,12 @@ def _from_offsets(offsets: list[int], shape: torch.Size, name: str) -> Tensor:
 
 
 def refusal(batch: Batch) -> Batch:
-    """Return the refusal rows of a preference batch, as a batch of their own."""
+    """Return the refusals of a batch, or what else goes with its rows, as a batch of their own."""
     missing = [k for k in ("idk_input_ids", "idk_attention_mask", "idk_labels") if k not in batch]
     if missing:
         raise ValueError(
-            f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
+            f"a forget.objective with refusals (idk_dpo, idk_nll) or unseen texts (level) needs the batch keys "
+            f"{', '.join(missing)}"
         )
     rows = {k: batch[f"idk_{k}"] for k in ROW if f"idk_{k}" in batch}
     return rows | {key: batch[key] for key in _OF_ROWS if key in batch}

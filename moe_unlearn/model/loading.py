@@ -29,6 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from moe_unlearn.config import geometry, models
 from moe_unlearn.delta.folder import OTHER_FORMS
+from moe_unlearn.model.adapters import check_peft
 from moe_unlearn.model.one_copy import read_in_turn
 from moe_unlearn.model.whole import named, whole_model
 from moe_unlearn.sharding import check_versions, initialised
@@ -201,8 +202,7 @@ def _base_of(source: str | Path) -> str | None:
     path = Path(source) / _ADAPTER
     if not path.is_file() or (path.parent / "config.json").is_file():
         return None
-    if find_spec("peft") is None:
-        raise ValueError(f"{source} is an adapter, which needs the library 'peft', which is missing: pip install peft")
+    check_peft(f"{source} is an adapter, which")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         base, revision = settings.get("base_model_name_or_path"), settings.get("revision")

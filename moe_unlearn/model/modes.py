@@ -4,7 +4,7 @@ No other module switches these. Afterwards everything is as the model's owner ha
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from torch import nn
@@ -40,6 +40,13 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
+            module.training = training
+
+
+def put_in_mode(model: nn.Module, training: bool, *, but: Collection[nn.Module]) -> None:
+    """Switch the modules of a model to one mode, but for some: those that it had before others were put into it."""
+    for module in model.modules():
+        if module not in but:
             module.training = training
 
 

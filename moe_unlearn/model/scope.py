@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.config import Scope
+from moe_unlearn.config import Recipe, Scope
 from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.masks.shards import held_words
@@ -31,10 +31,20 @@ def matching(model: nn.Module, patterns: list[str]) -> set[str]:
         if not found:
             raise ValueError(
                 f"scope.parameters: {pattern!r} matches no parameter; names look like "
-                f"{', '.join(names[:2] + names[-2:])}"
+                f"{', '.join(names[:2] + names[-2:])}{_experts_of_the_last_layers(names)}"
             )
         chosen |= found
     return chosen
+
+
+def _experts_of_the_last_layers(names: list[str]) -> str:
+    """Return how the experts of the last layers are named on the command line, for a model that has any."""
+    layers = sorted({int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\..*experts", name))})
+    if not layers:
+        return ""
+    last = "|".join(map(str, layers[-3:]))
+    given = f"--set \"scope.parameters=['layers.({last})[.].*experts']\""
+    return f". {given} takes the experts of the last layers; with forget.objective rmu add forget.layer={layers[-1]}"
 
 
 def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) -> set[str]:
@@ -59,13 +69,21 @@ def set_trainable(model: nn.Module, flags: dict[str, bool], names: set[str]) -> 
         p.requires_grad_(flags[name] and name in names)
 
 
-def restrict(model: nn.Module, settings: Scope, flags: dict[str, bool], selected: Tensor | None) -> None:
-    """Freeze the parameters outside the scope; ValueError if the `flags` let none inside it train."""
-    names = trained_names(model, settings, selected)
+def restrict(model: nn.Module, recipe: Recipe, flags: dict[str, bool], selected: Tensor | None) -> None:
+    """Freeze the parameters outside the scope; ValueError if the `flags` let none inside it train.
+
+    Routers that the recipe freezes are in no scope.
+    """
+    names, without = trained_names(model, recipe.scope, selected), ""
+    if recipe.router.mode == "invariant":  # a bias moves the logits of every input
+        named = dict(model.named_parameters())
+        names -= {name for name in routing_parameters(model) if named[name].dim() == 1}
+    if recipe.router.mode == "frozen":
+        names, without = names - routing_parameters(model), ", less the routers by router.mode frozen"
     if not any(flags[name] for name in names):
         raise ValueError(
-            f"nothing to train: every parameter in the scope ({settings.kind!r}) is frozen; a parameter that does not "
-            "require grad when the step is built, as those under adapters, stays as it is"
+            f"nothing to train: every parameter in the scope ({recipe.scope.kind!r}{without}) is frozen; a parameter "
+            "that does not require grad when the step is built, as those under adapters, stays as it is"
         )
     set_trainable(model, flags, names)
 
@@ -137,6 +155,20 @@ def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
         and p.dim() <= 2
         and p.shape[0] == num_experts
     }
+
+
+def routing_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of all routers, those of adapters on them too."""
+    found = set()
+    for experts_name in experts_modules(model):
+        parent = wrapped_name(experts_name).rpartition(".")[0] + "."
+        owners = {name.removeprefix(parent).split(".")[0] for name in router_parameters(model, experts_name)}
+        found |= {
+            name
+            for name, _ in model.named_parameters()
+            if name.startswith(parent) and name.removeprefix(parent).split(".")[0] in owners
+        }
+    return found
 
 
 def combine(masks: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,10 @@ def layer_states(model: nn.Module, batch: Batch, layer: int, call: Call | None =
     """
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
-        raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
+        raise ValueError(
+            f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}: --set forget.layer="
+            f"{len(layers) - 1} steers the last layer, and scope.parameters names what trains at or below it"
+        )
     captured: list[Tensor] = []
     call = call or call_of(batch)
 

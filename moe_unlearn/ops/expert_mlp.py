@@ -118,10 +118,10 @@ def _forward_ref(
     gate, transposed, interleaved, gated = ExpertLayout.of(*operands[4:])
     num_tokens, top_k = weights.shape
     rows = sorted_rows[: int(expert_offsets[-1])].long()
-    z = _grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
+    z = grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
     a = activate(z, gate, interleaved, gated)
-    y = _grouped_linear(a, down_proj, down_bias, expert_offsets, transposed)
-    slots = _slots(y * weights.flatten()[rows, None], rows, weights.numel())
+    y = grouped_linear(a, down_proj, down_bias, expert_offsets, transposed)
+    slots = slots_of(y * weights.flatten()[rows, None], rows, weights.numel())
     return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), _padded(z, weights.numel())
 
 
@@ -146,20 +146,20 @@ def _backward_ref(
         scaled = _padded((a * w).to(z.dtype), num_rows)
     if needs.hidden_states or needs.top_k_weights or needs.dz:
         g = grad_out[rows // top_k]
-        da = _grouped_linear(g, down_proj, None, expert_offsets, not transposed).to(wide)
+        da = grouped_linear(g, down_proj, None, expert_offsets, not transposed).to(wide)
     if needs.top_k_weights:
         dw = (da * a).sum(1)
         if down_bias is not None:
             expert = torch.repeat_interleave(torch.arange(len(down_bias), device=x.device), expert_offsets.diff())
             dw = dw + (g.to(wide) * down_bias[expert]).sum(1)
-        d_weights = _slots(dw.to(weights.dtype), rows, num_rows).view(num_tokens, top_k)
+        d_weights = slots_of(dw.to(weights.dtype), rows, num_rows).view(num_tokens, top_k)
     if needs.hidden_states or needs.dz:
         dz_here = activate_backward(z, da * w, gate, interleaved, gated)
     if needs.dz:
         dz = _padded(dz_here, num_rows)
     if needs.hidden_states:
-        d_rows = _grouped_linear(dz_here, gate_up_proj, None, expert_offsets, not transposed)
-        d_x = _slots(d_rows, rows, num_rows).view(num_tokens, top_k, hidden).sum(1)
+        d_rows = grouped_linear(dz_here, gate_up_proj, None, expert_offsets, not transposed)
+        d_x = slots_of(d_rows, rows, num_rows).view(num_tokens, top_k, hidden).sum(1)
     return d_x, d_weights, dz, scaled, largest_of(dz, scaled) if needs.largest else z.new_empty(0, dtype=_bound(z))
 
 
@@ -174,7 +174,7 @@ def _bound(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
-def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
     """Apply each expert's linear layer to its own slice of `rows`, which are sorted by expert."""
     bounds = offsets.tolist()
     parts = [rows.new_zeros(0, weight.shape[2 if transposed else 1])]
@@ -185,7 +185,7 @@ def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: 
     return torch.cat(parts)
 
 
-def _slots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+def slots_of(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Put values[j] at place rows[j] of `num_rows`, zero elsewhere."""
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy(0, rows, values)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_unlearn.config import COMPARE_COMPANIONS
 from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch, refusal
@@ -61,7 +62,7 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
             out.token_weights = zeros(retain)
     if recipe.forget.objective in ("npo", "idk_dpo"):
         out.ref_logprobs = zeros(forget)
-    if recipe.forget.objective == "idk_dpo":
+    if recipe.forget.objective in COMPARE_COMPANIONS:
         out.ref_logprobs_idk = zeros(refusal(forget))
     if uses_kl(recipe):
         out.ref_hidden_states = zeros(retain, *form)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import offload
+from moe_unlearn.config import COMPARE_COMPANIONS
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
@@ -16,8 +17,10 @@ from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare import float8
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.stages import needed, uses_kl
+from moe_unlearn.routers import kept_bytes, routers_of
 from moe_unlearn.view import StepView
 
+ROUTERS = "kept of routers"
 _HIDDEN_BYTES = 2  # cached layer outputs are bfloat16
 _LOGPROB_BYTES = 4
 
@@ -72,9 +75,31 @@ def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh 
             share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained if p not in away
         ),
         "mask": sum(share(named[name], words.nbytes) for name, words in view.masks.items()),
+        ROUTERS: router_bytes(view),
         CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
     }
     return {name: size for name, size in known.items() if size}
+
+
+def router_bytes(view: StepView) -> int:
+    """Return the bytes of what invariant routers keep, at most."""
+    recipe = view.recipe
+    if recipe.router.mode != "invariant":
+        return 0
+    masked = recipe.wagle is not None or bool(view.masks)
+    return sum(kept_bytes(recipe.router, router.weight, masked=masked) for router in routers_of(view.model))
+
+
+def of_routers(view: StepView) -> str:
+    """Describe what invariant routers take; empty without them."""
+    if not (kept := router_bytes(view)):
+        return ""
+    weights = [router.weight for router in routers_of(view.model)]
+    sketches = sum(2 * min(view.recipe.router.rank, w.shape[1]) * w.numel() * max(w.itemsize, 4) for w in weights)
+    return (
+        f"invariant routers keep {kept / 2**20:.2f} MiB, and prepare() has {sketches / 2**20:.2f} MiB of sketches of "
+        "the inputs that it makes this of"
+    )
 
 
 def state_bytes(view: StepView) -> int:
@@ -126,7 +151,7 @@ def cache_bytes(
         weights = retained * _LOGPROB_BYTES
     if recipe.forget.objective in ("npo", "idk_dpo"):
         reference += forgotten * _LOGPROB_BYTES
-    if recipe.forget.objective == "idk_dpo":
+    if recipe.forget.objective in COMPARE_COMPANIONS:
         reference += tokens(each(forget, refusal), recipe.data.forget_rows) * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
         reference += retained * hidden * _HIDDEN_BYTES

@@ -13,6 +13,7 @@ from moe_unlearn.model.batches import Batch, forgotten
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import BINS, SMALL_BLOCK
+from moe_unlearn.plan.amounts import amount
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.memory import Ledger
 from moe_unlearn.plan.repeat import collected_later, peaks
@@ -36,10 +37,10 @@ class MaskPlan:
     memory: dict[str, int]
 
     def __str__(self) -> str:
-        peak = f"{sum(self.memory.values()) / 2**20:.2f} MiB at the peak, weights and activations included"
+        peak = f"{amount(sum(self.memory.values()))} at the peak, weights and activations included"
         if self.groups == 1:
             return f"prepare() makes WAGLE's mask from two float32 gradients of all weights at once: {peak}"
-        within = f"of {self.groups} groups of weights one after the other within {self.budget / 2**20:.2f} MiB"
+        within = f"of {self.groups} groups of weights one after the other within {amount(self.budget)}"
         return f"prepare() makes WAGLE's mask from two float32 gradients, {within}: {peak}"
 
 

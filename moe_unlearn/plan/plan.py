@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import offload, router_aux, trace
+from moe_unlearn import offload, router_aux, routers, survive, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batch_sets import all_checked
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.ops.bits import unpack_bits
+from moe_unlearn.plan.amounts import amount, scale
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.known import (
     cache_bytes,
@@ -29,6 +30,7 @@ from moe_unlearn.plan.known import (
     first_share,
     held_at_rest,
     largest,
+    of_routers,
     on_host,
     state_bytes,
 )
@@ -88,6 +90,7 @@ class Plan:
 
     def __str__(self) -> str:
         share = self.trained / max(self.weights, 1)
+        moved, unit = scale(sum(self.bytes.values())), scale(self.peak)
         lines = [
             f"recipe {self.recipe}: {self.steps} steps, {self.layers} MoE layers, on {self.device}",
             *([] if self.mesh is None else [f"mesh: {self.mesh}; below is the rank that holds most"]),
@@ -96,18 +99,18 @@ class Plan:
             f"trained weights: {self.trained:,} of {self.weights:,} ({share:.1%})",
             *(f"  {name:<10} {text}" for name, text in self.levers.items()),
             *_path_lines(self.paths),
-            f"{'one step':<26} {'GFLOP':>12} {'MiB moved':>12}",
+            f"{'one step':<26} {'GFLOP':>12} {f'{moved[0]} moved':>12}",
             *(
-                f"  {name:<24} {self.flops.get(name, 0) / 1e9:12.3f} {size / 2**20:12.1f}"
+                f"  {name:<24} {self.flops.get(name, 0) / 1e9:12.3f} {size / moved[1]:12.1f}"
                 for name, size in sorted(self.bytes.items(), key=lambda item: -item[1])
             ),
-            f"  {'total':<24} {sum(self.flops.values()) / 1e9:12.3f} {sum(self.bytes.values()) / 2**20:12.1f}",
-            f"{'memory (MiB)':<26} {'at the peak':>12} {'at most':>12}",
+            f"  {'total':<24} {sum(self.flops.values()) / 1e9:12.3f} {sum(self.bytes.values()) / moved[1]:12.1f}",
+            f"{f'memory ({unit[0]})':<26} {'at the peak':>12} {'at most':>12}",
             *(
-                f"  {name:<24} {self.memory.get(name, 0) / 2**20:12.2f} {size / 2**20:12.2f}"
+                f"  {name:<24} {self.memory.get(name, 0) / unit[1]:12.2f} {size / unit[1]:12.2f}"
                 for name, size in self.largest.items()
             ),
-            f"  {'peak':<24} {self.peak / 2**20:12.2f}",
+            f"  {'peak':<24} {self.peak / unit[1]:12.2f}",
             *self._sent(),
             *self._fitting(),
             *(f"note: {note}" for note in self.notes),
@@ -117,9 +120,10 @@ class Plan:
     def _sent(self) -> list[str]:
         if self.mesh is None:
             return []
+        unit, one = scale(sum(self.traffic.values()))
         causes = [*sorted(self.traffic.items(), key=lambda item: -item[1]), ("total", sum(self.traffic.values()))]
-        head = f"{'sent in a step (MiB)':<39} {'to others':>12}"
-        return [head, *(f"  {name:<37} {size / 2**20:12.2f}" for name, size in causes)]
+        head = f"{f'sent in a step ({unit})':<39} {'to others':>12}"
+        return [head, *(f"  {name:<37} {size / one:12.2f}" for name, size in causes)]
 
     def on(self, size: float) -> dict[str, int]:
         """Return the bytes by component at the peak of the whole run on a device of `size` GiB: a step, or the mask."""
@@ -175,6 +179,7 @@ def make_plan(
     forget, retain = all_checked(forget_batches, "forget"), all_checked(retain_batches, "retain")
     view, prepared = step.view(), step.prepared
     check_whole(view.model)
+    routers.check_whole(view.recipe.router, shared=mesh is not None)
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
         offload.check_alone(view.optimizer.param_groups, shared=True)
@@ -210,15 +215,20 @@ def make_plan(
         plan.notes.append(padding)
     if any(group["offload"] for group in view.optimizer.param_groups):
         plan.notes.append(_of_offload(view))
+    if note := of_routers(view):
+        plan.notes.append(note)
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
+    if recipe.survive is not None:
+        size = survive.memory(view.model) / 2**20
+        plan.notes.append(f"survive: after the last step {size:.2f} MiB beside the model and the optimizer's state")
     caches, on_disk = cache_bytes(view, prepared, forget, retain, stored=stored)
     if each := state_bytes(view):
         plan.notes.append(f"the reference's hidden states take {each} bytes a token ({recipe.reference_dtype})")
     if on_disk:
-        plan.notes.append(f"the reference's values take {on_disk / 2**20:.2f} MiB on disk")
+        plan.notes.append(f"the reference's values take {amount(on_disk)} on disk")
     if device.type != "cpu" and caches:
-        plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
+        plan.notes.append(f"reference caches take {amount(caches)} on the host")
         caches = 0
     try:
         made = rehearsed(step, shallow, Setting(mesh, device, batches, caches))
@@ -237,10 +247,10 @@ def make_plan(
             _plan_mask(plan, step, shallow, {"forget": forget, "retain": retain}, batches)
     if step.verifier.remaining:
         steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
-        size = step.verifier.memory() / 2**20
+        size = step.verifier.memory()
         where = "" if mesh is None and view.peers == 1 else " on the first rank"
         plan.notes.append(
-            f"verify runs {steps} beside the plain path, at 5 to 8 times their time and {size:.2f} MiB beside these"
+            f"verify runs {steps} beside the plain path, at 5 to 8 times their time and {amount(size)} beside these"
             + where
         )
     return plan
@@ -253,7 +263,7 @@ def _of_offload(view: StepView) -> str:
     away = on_host(view)
     size = sum(view.optimizer.state_size(p, view.masks.get(name)) for name, p in view.trained if p in away)
     return (
-        f"{size / 2**20:.2f} MiB of optimizer state lie on the host: what of it a step trains goes there and back, "
+        f"{amount(size)} of optimizer state lie on the host: what of it a step trains goes there and back, "
         f"{size / _BUS * 1e3:.3g} ms each way at an assumed {_BUS / 1e9:g} GB/s (predicted). That pays where the run "
         "does not fit otherwise; beside other work of the device, copies cost no time"
     )
@@ -275,9 +285,9 @@ def _plan_mask(
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and view.recipe.wagle is not None and view.recipe.wagle.memory is not None:
             raise
-        held = 2 * 4 * sum(p.numel() for _, p in view.trained) / 2**20
+        held = 2 * 4 * sum(p.numel() for _, p in view.trained)
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        said = f"prepare() makes WAGLE's mask from two float32 gradients, {held:.2f} MiB beside the weights"
+        said = f"prepare() makes WAGLE's mask from two float32 gradients, {amount(held)} beside the weights"
         said += f"; not rehearsed ({why})"
     plan.notes.append(said)
 
@@ -294,7 +304,7 @@ def _plan_shared_mask(plan: Plan, view: StepView) -> None:
     bits = sum(share(p, p.numel() / 8) for p in view.model.parameters())
     plan.mask = {"weights": weights, "mask": bits, **beside, "gradients": held}
     plan.yields = False
-    plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights")
+    plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {amount(held)} beside the weights")
 
 
 def _largest(given: Sequence[Batch], recipe: Recipe, device: torch.device) -> Batch:
@@ -359,6 +369,10 @@ def _levers(view: StepView, prepared: Preparation) -> dict[str, str]:
             f"{dual.step_size:g} times the excess after {dual.warmup_steps} steps"
         )
     levers["scope"] = recipe.scope.kind
+    if recipe.router.mode != "free":
+        levers["router"] = recipe.router.mode
+        if prepared.routers and (shut := routers.closed(prepared.routers.values())):
+            levers["router"] += f": {shut}"
     if balance := router_aux.described(view.model, recipe):
         levers["router_aux"] = balance
     why = obstacle(view)

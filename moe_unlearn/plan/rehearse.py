@@ -14,6 +14,7 @@ from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.optim_state import is_offloaded
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.known import ROUTERS, router_bytes
 from moe_unlearn.plan.memory import HOST
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.one_rank import OneRank
@@ -98,6 +99,7 @@ def _counted(step: Step, setting: Setting) -> Counted:
         for tensor in tensors:
             ledger.add(tensor, component)
     ledger.hold(caches, CACHES)
+    ledger.hold(router_bytes(view), ROUTERS)
     copied.optimizer.register_step_pre_hook(lambda *_: ledger.label(copied.gradients.held(), "gradients"))
     pair, factored = (batches["forget"], batches["retain"]), view.recipe.mollm is not None and form(view) != "compact"
     devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]

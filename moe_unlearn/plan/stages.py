@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_unlearn.experts import enable
 from moe_unlearn.model.batches import Batch
+from moe_unlearn.plan.amounts import scale
 from moe_unlearn.plan.dry_run import Rehearsal, listed
 from moe_unlearn.plan.known import largest
 from moe_unlearn.plan.mask import mask_plan
@@ -33,11 +34,12 @@ class StagePlan:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
+        unit, one = scale(self.peak)
         lines = [
             f"{self.stage} on {self.device}",
-            f"{'memory (MiB)':<26} {'at the peak':>12}",
-            *(f"  {name:<24} {size / 2**20:12.2f}" for name, size in self.memory.items() if size),
-            f"  {'peak':<24} {self.peak / 2**20:12.2f}",
+            f"{f'memory ({unit})':<26} {'at the peak':>12}",
+            *(f"  {name:<24} {size / one:12.2f}" for name, size in self.memory.items() if size),
+            f"  {'peak':<24} {self.peak / one:12.2f}",
             *([f"note: {self.note}"] if self.note else []),
         ]
         return "\n".join(lines)

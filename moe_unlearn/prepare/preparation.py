@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.head import ReferenceHead
 from moe_unlearn.prepare.rows import RowCache
+from moe_unlearn.routers import Kept
 from moe_unlearn.sharding import is_sharded
 from moe_unlearn.trace import RoutingFrequencies
 
@@ -57,6 +58,9 @@ class Preparation:
     ref_bias: Tensor | None = None  # of the reference's head, like its weight only where the model's own may differ
     kl_floor: float | None = None
     mask: WeightMask | None = None
+    routers: dict[str, Kept] | None = None  # what invariant routers keep, by the name of the weight
+    routes: Tensor | None = None  # int16 [L, T, K], the experts of the retain tokens that are watched
+    router_logits: dict[str, Tensor] | None = None  # [T, E] of the same tokens, by the name of the weight
     inactive: bool = False  # TRACE found no expert and the recipe allows that
 
     @property
@@ -73,8 +77,9 @@ class Preparation:
         return sum(cache.find(cache_dir) for cache in self.caches().values())
 
     def chosen(self) -> list[Tensor]:
-        """Return what decides which weights train and every rank has whole: the selected experts, words of the mask."""
+        """Return what decides how weights train and every rank has whole: selected experts, the mask, kept routers."""
         found = [self.selected, *(self.mask.packed.values() if self.mask is not None else [])]
+        found += [tensor for kept in (self.routers or {}).values() for tensor in kept.tensors]
         return [tensor for tensor in found if tensor is not None and not is_sharded(tensor)]
 
     def state_dict(self) -> dict:
@@ -88,6 +93,8 @@ class Preparation:
                 value = dataclasses.asdict(value)
             elif field.name == "frequencies" and value is not None:
                 value = {side: frequencies.to_dict() for side, frequencies in value.items()}
+            elif field.name == "routers" and value is not None:
+                value = {name: kept.state_dict() for name, kept in value.items()}
             state[field.name] = value
         return state
 
@@ -112,4 +119,6 @@ class Preparation:
                 value = Calibration(**value)
             elif value is not None and field.name == "frequencies":
                 value = {side: RoutingFrequencies.from_dict(v) for side, v in value.items()}
+            elif value is not None and field.name == "routers":
+                value = {name: Kept(**kept) for name, kept in value.items()}
             setattr(self, field.name, value)

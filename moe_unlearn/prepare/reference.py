@@ -29,6 +29,7 @@ from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.model.head import unwrapped
 from moe_unlearn.ops import Head
 from moe_unlearn.prepare.rows import Row, RowCache, RowStore, StoredRow, content_keys, rows_of
+from moe_unlearn.progress import Bar
 from moe_unlearn.ranks import Ranks, gather, gathered, local, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.wagle import Resume
@@ -191,9 +192,11 @@ def fill(
         part = take(batches[number], list(rows.values()))
         return torch.cat(rows_of(part, compute(part)))
 
-    for i, values in shared_work(computed, [*map(sum, sizes)], ranks):
-        new = dict(zip(missing[i][1], values.split(sizes[i]), strict=True))
-        found |= new if store is None else _stored(store, new, ranks)
+    with Bar("preparation", len(missing)) as bar:
+        for i, values in shared_work(computed, [*map(sum, sizes)], ranks):
+            new = dict(zip(missing[i][1], values.split(sizes[i]), strict=True))
+            found |= new if store is None else _stored(store, new, ranks)
+            bar.advance()
     for batch, own in zip(batches, keys, strict=True):
         cache.put_rows(batch, [found[key] for key in own])
     return cache

@@ -2,8 +2,9 @@
 
     trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
     seuf       the one expert that may train
-    reference  log-probs (NPO, DPO), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
+    reference  log-probs (NPO, DPO, level), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
+    routers    what invariant routers keep, and the routes of retain tokens: see `routers`
     wagle      the weight mask
 
 Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
@@ -23,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import files, masks, seuf, trace, wagle
-from moe_unlearn.config import Recipe
+from moe_unlearn import files, masks, routers, seuf, trace, wagle
+from moe_unlearn.config import COMPARE_COMPANIONS, Recipe
 from moe_unlearn.lazy import each
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
@@ -37,7 +38,7 @@ from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks, gathered, shared_work, together
 from moe_unlearn.sharding import whole
 
-STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
+STAGES = ("trace", "seuf", "reference", "kl_floor", "routers", "wagle")
 CHOOSING = ("trace", "seuf")  # stages that choose experts, by forward passes only; they cache only token weights
 
 
@@ -47,8 +48,11 @@ def needed(recipe: Recipe) -> list[str]:
     uses = {
         "trace": recipe.trace is not None,
         "seuf": recipe.scope.kind == "seuf",
-        "reference": forget in ("npo", "idk_dpo", "undial") or retain in ("kl", "embed_diff") or uses_kl(recipe),
+        "reference": forget in ("npo", "undial", *COMPARE_COMPANIONS)
+        or retain in ("kl", "embed_diff")
+        or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
+        "routers": recipe.router.mode == "invariant" or recipe.router.stability_every > 0 or recipe.router.correct,
         "wagle": recipe.wagle is not None,
     }
     return [stage for stage in STAGES if uses[stage]]
@@ -230,7 +234,7 @@ def _reference(work: _Work) -> None:
 
         if recipe.forget.objective in ("npo", "idk_dpo"):
             cached("ref_logprobs", forget, token_logprobs, torch.float32)
-        if recipe.forget.objective == "idk_dpo":
+        if recipe.forget.objective in COMPARE_COMPANIONS:
             cached("ref_logprobs_idk", each(forget, refusal), token_logprobs, torch.float32)
         if uses_kl(recipe):
             cached("ref_hidden_states", retain, hidden_states, kept_dtype, (width,))
@@ -270,6 +274,18 @@ def _kl_floor(work: _Work) -> None:
     prepared.kl_floor = total / max(positions, 1)
 
 
+def _routers(work: _Work) -> None:
+    # each rank watches all rows and holds one batch; all take what the first has found
+    settings, prepared = work.recipe.router, work.prepared
+    if settings.mode == "invariant":
+        prepared.routers = routers.collect(work.model, work.retain, settings)
+    watched = routers.watched_batches(work.retain) if settings.stability_every or settings.correct else []
+    if watched:
+        prepared.routes = routers.routes(work.model, watched)
+    if settings.correct:
+        prepared.router_logits = routers.logits(work.model, watched)
+
+
 def _wagle(work: _Work) -> None:
     settings = work.recipe.wagle
     assert settings is not None  # the stage runs for this lever only
@@ -288,7 +304,14 @@ def _wagle(work: _Work) -> None:
         )
 
 
-_STAGES = {"trace": _trace, "seuf": _seuf, "reference": _reference, "kl_floor": _kl_floor, "wagle": _wagle}
+_STAGES = {
+    "trace": _trace,
+    "seuf": _seuf,
+    "reference": _reference,
+    "kl_floor": _kl_floor,
+    "routers": _routers,
+    "wagle": _wagle,
+}
 
 
 def needs_head(recipe: Recipe) -> bool:

@@ -20,76 +20,15 @@ from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store, StoreError
 
 CORRECT = 100  # results on which `check` measures its own false alarms, in about a second
-STORE = "kernel_store"
-REPROS = "kernel_repros"
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the chosen verb and return the exit code; raise ValueError for bad input (exit code 2)."""
     try:
-        return int(options.verb(options))
+        return int(_VERBS[options.kernels_verb](options))
     except (StoreError, static.CorruptLedger) as error:
         print(f"moe-unlearn kernels: corrupt store: {error}", file=sys.stderr)
         return report.CORRUPT
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verbs and their options to the parser."""
-    verbs_of = parser.add_subparsers(dest="kernels_verb", required=True)
-
-    def verb(
-        name: str, function: Callable[[argparse.Namespace], int], *, cases: bool = True
-    ) -> argparse.ArgumentParser:
-        sub = verbs_of.add_parser(name, help=str(function.__doc__).splitlines()[0], description=function.__doc__)
-        sub.set_defaults(verb=function)
-        sub.add_argument("--store", default=STORE, metavar="DIR", help=f"folder of the records (default {STORE})")
-        sub.add_argument("--json", metavar="FILE", help="write the results as JSON; - is standard output")
-        if cases:
-            sub.add_argument("--module", action="append", default=[], metavar="FILE.py", help="the cases of this file")
-            sub.add_argument("--tag", action="append", default=[], help="only cases that have this tag")
-            sub.add_argument("--impl", default="auto", help=f"of our ops: auto, {', '.join(backend.IMPLS)}")
-            sub.add_argument("--device", help="where the inputs are moved: cpu, cuda, ...")
-            sub.add_argument("--junit", metavar="FILE", help="write the results as JUnit XML")
-            sub.add_argument("--verbose", action="store_true", help="a line for every case")
-        return sub
-
-    def patterns(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("pattern", nargs="*", help="names of cases, * and ? allowed (default: all)")
-
-    def architectures(sub: argparse.ArgumentParser) -> None:
-        what = "sm_80, sm_90, ...: compile, and compare registers, spills and instructions instead"
-        sub.add_argument("--static", action="append", default=[], metavar="ARCH", help=what)
-
-    patterns(verb("list", list_cases))
-    sub = verb("record", record)
-    patterns(sub)
-    architectures(sub)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--speed", action="store_true", help="record times too")
-    sub = verb("check", check)
-    patterns(sub)
-    architectures(sub)
-    sub.add_argument("--strict", action="store_true", help="other bits fail, however accurate")
-    sub.add_argument("--speed", action="store_true", help="show recorded times beside those of now")
-    sub.add_argument("--repro", default=REPROS, metavar="DIR", help=f"folder of repro scripts (default {REPROS})")
-    sub = verb("compare", compare)
-    sub.add_argument("sides", nargs="*", metavar="A B", help="implementations of our ops, or two files with cases")
-    sub.add_argument("--case", action="append", default=[], metavar="PATTERN", help="only cases of this name")
-    sub.add_argument("--base", metavar="REV", help="a git revision, against which the present tree is held")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--strict", action="store_true", help="other bits fail, however accurate")
-    sub.add_argument("--no-speed", action="store_true", help="numbers only")
-    sub = verb("accept", accept)
-    patterns(sub)
-    sub.add_argument("--reason", required=True, help="why the new values are right; kept in the store")
-    sub.add_argument("--speed", action="store_true", help="record times too")
-    sub = verb("report", show, cases=False)
-    patterns(sub)
-    sub.add_argument("--markdown", action="store_true", help="as a markdown table")
-    sub = verbs_of.add_parser("selftest", help=selftest.__doc__, description=selftest.__doc__)
-    sub.set_defaults(verb=selftest)
-    sub.add_argument("--comparisons", type=int, default=measured.COMPARISONS, help="on recorded noise, per trace")
-    sub.add_argument("--real", type=float, default=0, metavar="SECONDS", help="on the real clock for so long instead")
 
 
 def list_cases(options: argparse.Namespace) -> int:
@@ -277,3 +216,14 @@ def _write(where: str, content: str) -> None:
 def _prose(options: argparse.Namespace) -> TextIO:
     """Return the stream for text; standard error if standard output carries JSON."""
     return sys.stderr if options.json == "-" else sys.stdout
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "list": list_cases,
+    "record": record,
+    "check": check,
+    "compare": compare,
+    "accept": accept,
+    "report": show,
+    "selftest": selftest,
+}

@@ -1,158 +1,150 @@
 """Drawing of a report's figures."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from moe_unlearn.files import whole_file
-from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, Summary, ordered
+from moe_unlearn.page import Figure
+from moe_unlearn.page.charts import Line, Spot, curves, heat, scatter
+from moe_unlearn.page.svg import Axis, Drawing
+from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, Summary, heading, ordered
 
-if TYPE_CHECKING:  # the figures are drawn where the library is installed
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Drawn = tuple["Figure", str]  # a figure and its caption
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker of its own for every run
-STYLES = {
-    "target": ("#000000", "X"),
-    "retrain": ("#000000", "*"),
-    "graddiff": ("#E69F00", "o"),
-    "npo": ("#56B4E9", "s"),
-    "trace": ("#009E73", "^"),
-    "wagle": ("#0072B2", "v"),
-    "mollm": ("#D55E00", "D"),
-    "combined": ("#CC79A7", "P"),
+# a colour and a marker of its own for every run that has a name of ours; others take those that are left
+_STYLES = {"target": 7, "retrain": 6, "graddiff": 4, "npo": 0, "trace": 2, "wagle": 1, "mollm": 5, "combined": 3}
+_PLANE = ("verbmem_f", "verbmem_r")
+_WEIGHTS = {  # of a step's metrics: what a panel of it is called
+    "lambda_forget": "λ of the forget gradient",
+    "lambda_retain": "λ of the retain gradient",
+    "lambda_kl": "λ of the KL gradient",
+    "retain_alpha": "λ of the retain loss",
+    "descent_forget": "forget: gradient · update",
+    "descent_retain": "retain: gradient · update",
+    "descent_kl": "KL: gradient · update",
+    "grad_norm": "norm of the gradient",
+    "lr": "learning rate",
 }
+Trajectories = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dict[str, str]:
-    """Draw the figures for which there is data into `folder`; return their file names and captions."""
-    made: dict[str, str] = {}
-    drawings: tuple[tuple[str, Callable[..., Drawn | None], tuple], ...] = (
-        ("pareto.png", pareto, (summary,)),
-        ("trajectories.png", trajectory_curves, (trajectory, summary)),
-        ("experts.png", expert_frequencies, (routing,)),
-    )
-    for name, drawing, arguments in drawings:
-        if drawn := drawing(*arguments):
-            figure, made[name] = drawn
-            with whole_file(folder / name) as unfinished:
-                figure.savefig(unfinished, dpi=150, format="png")
-    return made
-
-
-def _new(width: float, height: float, rows: int = 1, columns: int = 1, **keywords: Any) -> tuple["Figure", Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # instead of pyplot, which keeps global state and figures to close
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
-
-
-def pareto(summary: Summary) -> Drawn | None:
-    keys = ("verbmem_f", "verbmem_r")
-    runs = [r for r in ordered(summary) if set(keys) <= summary[r].keys()]
-    if len(runs) < 2:
-        return None
-    corner = {"xlim": (-0.02, 0.4), "ylim": (0.75, 1.02)}
-    enlarge = any(
-        all(low <= summary[r][k] <= high for k, (low, high) in zip(keys, corner.values(), strict=True))
-        for r in runs
-        if r not in ("target", "retrain")
-    )
-    figure, (panels,) = _new(10 if enlarge else 6, 4.8, 1, 2 if enlarge else 1)
+def frontier(summary: Summary, styles: Mapping[str, int] | None = None) -> list[Figure]:
+    """Draw forgetting against utility if two unlearned runs or more can be compared; a close view of them too."""
+    styles = _styles(summary) if styles is None else styles
+    shown = {run: m for run in ordered(summary) if all(_number((m := summary[run]).get(key)) for key in _PLANE)}
+    unlearned = [run for run in shown if run not in ("target", "retrain")]
+    if len(unlearned) < 2:
+        return []
+    spots = [
+        Spot(RUNS.get(run, run), (m[_PLANE[0]], m[_PLANE[1]]), _spread(m), styles[run]) for run, m in shown.items()
+    ]
+    goal: tuple[float, ...] = ()
     caption = "Forgetting against utility; up and left is better"
-    for axes in panels:
-        for run in runs:
-            colour, marker = STYLES.get(run, ("#888888", "h"))
-            x, y = (summary[run][key] for key in keys)
-            spread = [[summary[run].get(f"{key}_sd", 0.0)] for key in keys]
-            axes.errorbar(x, y, spread[1], spread[0], color=colour, lw=1, zorder=3)
-            if run == "retrain":  # hollow and large, because other runs should land on it
-                axes.scatter(x, y, 420, color="none", marker=marker, ec=colour, lw=1.5, zorder=5, label=RUNS[run])
-            else:
-                axes.scatter(x, y, 70, color=colour, marker=marker, ec="white", zorder=4, label=RUNS.get(run, run))
-        if {"retrain", "target"} <= set(runs):
-            gold, floor = summary["retrain"]["verbmem_f"], KEEP * summary["target"]["verbmem_r"]
-            axes.fill_between([gold - WITHIN, gold + WITHIN], floor, 2, color="#009E73", alpha=0.12, lw=0)
-        axes.set(xlabel="VerbMem forget (ROUGE-L F1)", ylabel="VerbMem retain (ROUGE-L F1)")
-        axes.grid(alpha=0.3)
-    panels[0].set(xlim=(-0.04, 1.06), ylim=(-0.04, 1.06))
-    if enlarge:
-        panels[1].set(**corner)
-        caption += ". Right: the upper left corner, enlarged"
-    if {"retrain", "target"} <= set(runs):
+    if {"retrain", "target"} <= shown.keys():
+        gold, floor = shown["retrain"]["verbmem_f"], KEEP * shown["target"]["verbmem_r"]
+        goal = (gold - WITHIN, gold + WITHIN, floor, 2)
         caption += f". Shaded: the goal, within {WITHIN:.2f} of retrain and {KEEP:.0%} of the target's utility"
-    if any("verbmem_f_sd" in summary[run] for run in runs):
-        caption += ". Bars: sample standard deviation over seeds"
-    _shared_legend(figure, panels[0])
-    return figure, caption + "."
+    if any("verbmem_f_sd" in m for m in shown.values()):
+        caption += ". Bars: sample standard deviation over seeds; an arrow leads out of the frame"
+    elif any("verbmem_f_low" in m for m in shown.values()):
+        caption += ". Bars: 95 % intervals over documents; an arrow leads out of the frame"
+    titles = [heading(key) for key in _PLANE]
+
+    def axes(runs: Sequence[str]) -> tuple[Axis, Axis]:
+        across, up = (
+            Axis.of(t, [shown[run][key] for run in runs], room=0.12) for t, key in zip(titles, _PLANE, strict=True)
+        )
+        return across, up
+
+    drawings = [scatter("All runs", spots, axes(list(shown)), goal)]
+    if "target" in shown:
+        near = [run for run in shown if run != "target"]
+        drawings.append(scatter("Without the target", spots, axes(near), goal))
+    return [Figure(f"{caption}.", drawings, "pareto")]
 
 
-def _shared_legend(figure: "Figure", axes: "Axes") -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = min(round(figure.get_figwidth() * 0.8), len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2)
+def trajectories(trajectory: Trajectories, summary: Summary) -> list[Figure]:
+    """Draw what was measured or trained on over steps: NLL, losses by side, λ, guards."""
+    styles = _styles({**summary, **{run: {} for run in trajectory}})
+    figures = []
+    nll = [_panel(trajectory, styles, f"nll_{side[0]}", f"{side} documents", summary) for side in ("forget", "retain")]
+    if drawn := [panel for panel in nll if panel]:
+        told = "NLL while unlearning, in nats per token"
+        told += ": forget should rise to the dashed line, retain should stay on it." if "retrain" in summary else "."
+        figures.append(Figure(told, drawn, "trajectories"))
+    losses = [_panel(trajectory, styles, f"{side}_loss", f"{side} loss") for side in ("forget", "retain")]
+    if drawn := [panel for panel in losses if panel]:
+        figures.append(Figure("The losses that were trained on, of each step.", drawn, "losses"))
+    weights = [_panel(trajectory, styles, key, title) for key, title in _WEIGHTS.items()]
+    if drawn := [panel for panel in weights if panel]:
+        told = (
+            "Weights of the two sides, guards, norm of the gradient and learning rate over steps, where there are any."
+        )
+        figures.append(Figure(told, drawn, "weights"))
+    return figures
 
 
-def trajectory_curves(trajectory: dict, summary: Summary) -> Drawn | None:
-    keys = ("nll_f", "nll_r")
+def experts(routing: Mapping[str, Any], routes: Mapping[str, Any]) -> list[Figure]:
+    """Draw how often tokens visit each expert, and how that moved, or without `routes` the ratio of both sides."""
+    tables = routes or routing
+    if not tables:
+        return []
+    forget, retain, chosen = tables["forget"], tables["retain"], routing.get("selected", ())
+    top = max(value for table in (forget, retain) for row in table for value in row)
+    panels = [
+        heat("Forget: share of tokens", forget, largest=top, chosen=chosen),
+        heat("Retain: share of tokens", retain, largest=top, chosen=chosen),
+    ]
+    told = "How often forget and retain tokens visit each expert"
+    if routes:
+        change = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(forget, routes["after"], strict=True)]
+        most = max(abs(value) for row in change for value in row)
+        panels.append(heat(f"Moved: at most {most:.2g}", change, chosen=chosen))
+        told += " before unlearning, and where it moved the forget tokens (blue: there, orange: away)"
+    else:
+        ratio = [[_ratio(f, r) for f, r in zip(*rows, strict=True)] for rows in zip(forget, retain, strict=True)]
+        panels.append(heat("log2 (forget / retain), cut at ±3", ratio, largest=3, chosen=chosen))
+        told += "; their ratio is blue where forget tokens are more, orange where retain tokens are"
+    if any(any(row) for row in chosen):
+        told += "; frames: experts that TRACE selected"
+    return [Figure(f"{told}.", [panel for panel in panels if panel], "experts")]
+
+
+def _panel(
+    trajectory: Trajectories, styles: Mapping[str, int], key: str, title: str, summary: Summary | None = None
+) -> Drawing | None:
+    """Draw one metric of all runs that have it; None if none has."""
     series = {
-        run: [s for s in trajectory[run] if all(isinstance(s.get(k), int | float) for k in ("step", *keys))]
-        for run in ordered(trajectory)
+        run: [(s["step"], s[key]) for s in trajectory[run] if _number(s.get(key)) and _number(s.get("step"))]
+        for run in ordered(dict(trajectory))
     }
-    series = {run: steps for run, steps in series.items() if steps}
-    if not series:
+    lines = [Line(RUNS.get(run, run), points, styles[run]) for run, points in series.items() if points]
+    if not lines:
         return None
-    from matplotlib.ticker import LogLocator
-
-    figure, ((left, right),) = _new(10, 4.2, 1, 2)
-    for axes, key, text in ((left, keys[0], "forget"), (right, keys[1], "retain")):
-        for run, steps in series.items():
-            colour, marker = STYLES.get(run, ("#888888", "h"))
-            x, y = [s["step"] for s in steps], [s[key] for s in steps]
-            axes.plot(x, y, color=colour, marker=marker, ms=4, lw=1.5, label=RUNS.get(run, run))
-        if key in summary.get("retrain", {}):
-            axes.axhline(summary["retrain"][key], color="black", ls="--", lw=1, label="retrain (gold)")
-        axes.set(title=f"{text} documents", xlabel="step", ylabel="NLL (nats a token, log scale)", yscale="log")
-        # without these ticks an axis of less than a decade could show a single number
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3, which="both")
-    _shared_legend(figure, left)
-    return figure, "NLL while unlearning: left should rise to the dashed line, right should stay on it."
+    gold = (summary or {}).get("retrain", {}).get(key)
+    goal = ("retrain", gold) if gold is not None else None
+    heights = [y for line in lines for _, y in line.points] + ([gold] if gold is not None else [])
+    across = Axis.of("step", [x for line in lines for x, _ in line.points], room=0.02)
+    up = Axis.of("log scale" if summary is not None else "", heights, log=summary is not None, room=0.08)
+    return curves(title, lines, (across, up), goal)
 
 
-def expert_frequencies(routing: dict) -> Drawn | None:
-    if not routing:
-        return None
-    import numpy
-    from matplotlib.patches import Rectangle
+def _styles(runs: Mapping[str, Any]) -> dict[str, int]:
+    free = iter(range(1000))
+    return {run: _STYLES[run] if run in _STYLES else next(free) for run in ordered(dict(runs))}
 
-    forget, retain = (numpy.asarray(routing[side], dtype=float) for side in ("forget", "retain"))
-    layers, experts = forget.shape
+
+def _spread(metrics: Mapping[str, float]) -> tuple[tuple[float, float], tuple[float, float]]:
+    found = []
+    for key in _PLANE:
+        sd = metrics.get(f"{key}_sd", 0.0)
+        low, high = (metrics.get(f"{key}_{end}", metrics[key] + sign * sd) for end, sign in (("low", -1), ("high", 1)))
+        found.append((low, high))
+    return found[0], found[1]
+
+
+def _ratio(forget: float, retain: float) -> float:
     smallest = 1e-4  # without it unused experts would have no finite ratio
-    ratio = numpy.log2(numpy.maximum(forget, smallest) / numpy.maximum(retain, smallest)).clip(-3, 3)
-    top, far = max(forget.max(), retain.max()), max(1.0, numpy.abs(ratio).max())
-    figure, axes = _new(max(6, 1.8 + 0.24 * experts), 3 * (0.75 + 0.26 * layers), 3, 1, sharex=True)
-    panels = (
-        ("forget: fraction of tokens", forget, {"cmap": "cividis", "vmin": 0, "vmax": top}),
-        ("retain: fraction of tokens", retain, {"cmap": "cividis", "vmin": 0, "vmax": top}),
-        ("log2 (forget / retain), cut at ±3", ratio, {"cmap": "PuOr", "vmin": -far, "vmax": far}),
-    )
-    for (title, values, colours), (panel,) in zip(panels, axes, strict=True):
-        image = panel.imshow(values, aspect="auto", **colours)
-        figure.colorbar(image, ax=panel, pad=0.01, aspect=8)
-        panel.set_title(title, fontsize=10, loc="left")
-        panel.set(ylabel="layer", yticks=range(0, layers, max(1, layers // 8)))
-        for layer, expert in numpy.argwhere(numpy.asarray(routing["selected"], dtype=bool)):
-            corner = (expert - 0.5, layer - 0.5)
-            panel.add_patch(Rectangle(corner, 1, 1, fill=False, ec="white", lw=4, clip_on=False, zorder=3))
-            panel.add_patch(Rectangle(corner, 1, 1, fill=False, ec="#D40000", lw=2, clip_on=False, zorder=4))
-    axes[2][0].set(xlabel="expert", xticks=range(0, experts, max(1, experts // 16)))
-    caption = "How often forget and retain tokens visit each expert; red frames: experts TRACE selected."
-    return figure, caption
+    return min(max(math.log2(max(forget, smallest) / max(retain, smallest)), -3.0), 3.0)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,10 +1,12 @@
 """Plans of runs from a model's config alone, without weights, and what to change where a device is too small."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from moe_unlearn.config import Recipe
+from moe_unlearn.model.adapters import adapted
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.loading import meta_model
 from moe_unlearn.plan import Mesh, Plan
@@ -31,7 +33,11 @@ def plan_of_config(
     """
     mesh = Mesh.parse(mesh) if isinstance(mesh, str) else mesh
     sides = list(forget), list(retain)
-    search = Unloaded(partial(meta_model, source, dtype=dtype), UnlearnStep, sides, mesh, fits).search(recipe)
+
+    def build(**layers: int) -> nn.Module:
+        return adapted(meta_model(source, dtype=dtype, **layers), recipe)
+
+    search = Unloaded(build, UnlearnStep, sides, mesh, fits).search(recipe)
     plan = search.plan()
     if advise:
         add_remedies(plan, search)

@@ -1,44 +1,38 @@
-"""One unlearning run: the model, the recipe and the data put together, and what a user's run writes."""
+"""One unlearning run put together: the model, the recipe and the data, for whoever plans it or makes its steps."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import distributed, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainingArguments
 
-from moe_unlearn import data, metrics, trace
+from moe_unlearn import data, survive
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import carry_loss, side_batches
-from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.lazy import each
-from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
+from moe_unlearn.model.adapters import adapted
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
-from moe_unlearn.model.saving import save_model
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.advice import Unloaded
 from moe_unlearn.plan.mesh import mesh_of
 from moe_unlearn.prepare.stages import CHOOSING, needed
-from moe_unlearn.ranks import everyone, gathered, is_first, on_first, sharded
-from moe_unlearn.runs import folder, report
-from moe_unlearn.runs.summary import Summary, check_name
+from moe_unlearn.ranks import everyone, gathered, sharded
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
-from moe_unlearn.trainer.checkpoints import PREFIX
+from moe_unlearn.trainer.arguments import made as arguments_of
+from moe_unlearn.trainer.lines import say_in_lines
 
 SIDES = ("forget", "retain")
-Existing = Literal["refuse", "resume", "overwrite"]
 
 
 def room(device: torch.device) -> float:
@@ -49,11 +43,20 @@ def room(device: torch.device) -> float:
     return float(free + torch.cuda.memory_reserved(device))
 
 
+def held(recipe: Recipe, retain: Sequence[Example], earlier: Sequence[Example]) -> Sequence[Example]:
+    """Return the rows that a run holds: those drawn of the retain set, and all that earlier requests forgot."""
+    drawn = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
+    return [*drawn, *earlier] if earlier else drawn
+
+
 class Run:
     """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
 
+    A recipe with an adapter puts it on the model (`model.adapters.adapted`), which is `model` of the run then.
     Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
-    Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
+    `earlier` are those of former requests (`data.earlier`), all of which join the retain rows; the objective `level`
+    steers by `unseen` ones. Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one
+    carries no loss.
     """
 
     def __init__(
@@ -63,17 +66,34 @@ class Run:
         recipe: Recipe,
         forget: Sequence[Example],
         retain: Sequence[Example],
+        *,
+        earlier: Sequence[Example] = (),
+        unseen: Sequence[Example] | None = None,
     ):
-        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
+        if recipe.survive is not None:
+            survive.check_holdable(self.model)
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
-        retain = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
+        retain = held(recipe, retain, earlier)
+        #: what the steps are made on, by side
+        self.trained = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )
-        self.collator = pair_collator(recipe, tokenizer, forget, model)
+        self.collator = pair_collator(recipe, tokenizer, forget, self.model, unseen)
         for side, examples in zip(SIDES, (forget, retain), strict=True):
             if not carry_loss(examples):
-                raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+                raise ValueError(
+                    f"the {side} set carries no loss: all its labels are -100: give texts longer than their prompts"
+                )
+
+    @classmethod
+    def of_sets(
+        cls, model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, sets: Mapping[str, Sequence[Example]]
+    ) -> "Run":
+        """Return the run on examples by side: "forget" and "retain", and perhaps "earlier" and "unseen"."""
+        earlier, unseen = sets.get("earlier", ()), sets.get("unseen")
+        return cls(model, tokenizer, recipe, sets["forget"], sets["retain"], earlier=earlier, unseen=unseen)
 
     def batches(self, side: str) -> Sequence[Batch]:
         """Return one side in batches of the recipe's size on the model's device, every example once and in order.
@@ -143,12 +163,25 @@ class Run:
             return 0
         return Unloaded(build, UnlearnStep, ([*forget], [*retain]), mesh_of(self.model)).plan(self.recipe).peak
 
-    def trainer(self, checkpoints: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
-        """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`."""
+    def trainer(
+        self,
+        checkpoints: Path,
+        *,
+        cache_dir: Path | None = None,
+        verify: int | bool = 0,
+        held_out: Sequence[Example] = (),
+    ) -> UnlearnTrainer:
+        """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`.
+
+        Where the recipe's `trainer` section asks for evaluations, they are on the retain rows `held_out`, or on
+        those of training if there are none or if the retain loss looks up what was prepared for a row.
+        """
         recipe = self.recipe
         gloo = everyone() is not None and distributed.get_backend() == "gloo"
         device = next(self.model.parameters()).device
-        arguments = _Arguments(
+        arguments = arguments_of(
+            _Arguments,
+            recipe.trainer,
             model_device="" if everyone() is not None else str(device),
             output_dir=str(checkpoints),
             max_steps=recipe.steps,
@@ -166,6 +199,8 @@ class Run:
             dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
             use_cpu=gloo or device.type == "cpu",  # without it accelerate takes CPUs for no ranks
             ddp_backend="gloo" if gloo else None,
+            per_device_eval_batch_size=recipe.batch_size,
+            run_name=recipe.name,
             report_to="none",
         )
         made = UnlearnTrainer(
@@ -173,14 +208,24 @@ class Run:
             arguments,
             recipe,
             train_dataset=self.pairs,
+            eval_dataset=None if arguments.eval_strategy == "no" else self._evaluated(held_out),
             data_collator=self.collator,
             cache_dir=cache_dir,
             verify=verify,
             processing_class=self.tokenizer,
         )
+        say_in_lines(made)
         if arguments.model_device:
             made.accelerator.device_placement = False  # else accelerate moves the model to the first GPU
         return made
+
+    def _evaluated(self, held_out: Sequence[Example]) -> data.ForgetRetainDataset:
+        """Return the pairs that evaluations during training are of; see `trainer`."""
+        recipe = self.recipe
+        looked_up = recipe.retain.objective not in ("nll", "none") or recipe.trace is not None
+        if looked_up or not held_out or (recipe.mollm is not None and recipe.mollm.kl):
+            return self.pairs
+        return data.ForgetRetainDataset(self.pairs.forget, held_out, seed=recipe.seed)
 
 
 @dataclass
@@ -201,155 +246,3 @@ class _Arguments(TrainingArguments):
     def n_gpu(self) -> int:
         count: int = super().n_gpu
         return min(count, 1) if self.model_device else count
-
-
-@dataclass(frozen=True)
-class Before:
-    """Holds what is known before a run and belongs to its folder.
-
-    `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side, and
-    `retrain` has the metrics of the retrained model (`retrained`).
-    """
-
-    loaded: dict[str, Any] = field(default_factory=dict)
-    reports: dict[str, data.DataReport] | None = None
-    retrain: dict[str, float] | None = None
-
-
-def retrained(
-    recipe: Recipe, tokenizer: Tokenizer, sets: Mapping[str, Sequence[Example]], how: loading.Loading
-) -> dict[str, float] | None:
-    """Return the metrics of the retrained model that a recipe names as `data.reference`, None where it names none.
-
-    No other model needs to be in memory meanwhile, and it is gone afterwards.
-    """
-    if recipe.data.reference is None:
-        return None
-    model, _ = loading.load_model(recipe.data.reference, how)
-    measured: dict[str, Any] = {**sets}
-    return metrics.evaluate(model, tokenizer, **measured)
-
-
-def unlearn(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    sets: Mapping[str, Sequence[Example]],
-    out: Path,
-    *,
-    existing: Existing = "refuse",
-    evaluate: bool = True,
-    cache_dir: Path | None = None,
-    verify: int | bool = 0,
-    known: Before | None = None,
-) -> Summary | None:
-    """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
-
-    `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
-    `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`, `trajectory.json` and `report.md`; from
-    what is `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with
-    TRACE `routing.json`; and what `runs.folder` keeps. Preparation comes first, so that nothing is written if the
-    recipe does not fit model or data. References are kept in `cache_dir`, by default `out/cache`. Returns the summary:
-    run name -> metrics, empty without `evaluate`.
-
-    `existing` says what becomes of a run that `out` has: "refuse", "overwrite", or "resume", which continues from its
-    newest whole checkpoint, or from the beginning where there is none. Of a run that is finished it returns None, says
-    so and changes nothing. Raises ValueError, which names what differs, for the run of something else.
-
-    Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
-    that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
-    summary. The weights are those of one process whose `accumulate` is as many times larger, up to the rounding of
-    sums, as long as the ranks share the batches of an epoch without a rest.
-    """
-    check_name(recipe.name)
-    known = Before() if known is None else known
-    if existing == "refuse":
-        on_first(partial(folder.check_unused, out))
-    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
-    run.checkpoint_activations()
-    make_private(out)
-    trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
-    ranks = trainer.args.world_size
-    facts = folder.facts_of(trainer.unlearn_step, run.pairs.forget, run.pairs.retain, ranks)
-    resume = False
-    if existing == "resume":
-        on_first(partial(folder.check_same, out, facts, recipe))
-        wanted = ("trajectory.json", "summary.json") if evaluate else ("trajectory.json",)
-        if trainer.unlearn_step.ranks.said_by_first(partial(folder.finished, out, recipe.steps, wanted)):
-            print(f"{out} has this run, and it is finished: nothing is left to do")
-            return None
-        resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
-    start = time.perf_counter()
-    if not resume:
-        trainer.prepare()
-    seconds = time.perf_counter() - start
-    batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
-
-    def write_settings() -> None:
-        if existing == "overwrite":
-            folder.clear(out)
-        folder.write_facts(out, facts)
-        write_text(out / "recipe.yaml", recipe.to_yaml())
-        write_json(out / "batch.json", batch)
-        if known.loaded:
-            write_json(out / "loaded.json", known.loaded)
-        if known.reports is not None:
-            write_json(out / "data.json", {side: own.to_dict() for side, own in known.reports.items()})
-
-    on_first(write_settings)
-    summary: Summary = {}
-    measured: dict[str, Any] = {**sets}
-    if evaluate:
-        if known.retrain is not None:
-            summary["retrain"] = known.retrain
-        summary["target"] = metrics.evaluate(model, tokenizer, **measured)
-    start = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    finally:
-        if verify and is_first():  # alone, since an error may have ended the others elsewhere
-            write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
-    seconds += time.perf_counter() - start
-    unlearned: Any = trainer.model
-    steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
-    trajectories = {recipe.name: steps}
-    routing = routing_of(trainer.unlearn_step)
-
-    trainer.check_weights()
-    save_model(unlearned, out / folder.MODEL, tokenizer)
-
-    def write_results() -> None:
-        write_json(out / "trajectory.json", trajectories)
-        if routing:
-            write_json(out / "routing.json", routing)
-
-    on_first(write_results)
-    if evaluate:
-        summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": seconds}
-        add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
-
-        content = report.Content(summary, trajectories=trajectories, routing=routing, batch=batch, loaded=known.loaded)
-
-        def write_report() -> None:
-            write_json(out / "summary.json", summary)
-            report.write(out, content)
-
-        on_first(write_report)
-    on_first(partial(folder.seal, out, recipe.steps))
-    return summary
-
-
-def routing_of(step: UnlearnStep) -> dict:
-    """Return the frequencies TRACE measured and the experts it chose, as `report` has them; empty without TRACE."""
-    recipe, prepared = step.recipe.trace, step.prepared
-    if prepared.frequencies is None:
-        return {}
-    assert prepared.selected is not None  # it comes with the frequencies
-    routing: dict[str, Any] = {side: counted.frequency.tolist() for side, counted in prepared.frequencies.items()}
-    routing["selected"] = prepared.selected.tolist()
-    if prepared.inactive:
-        assert recipe is not None
-        routing["inactive"] = trace.why_empty(
-            **prepared.frequencies, min_ratio=recipe.min_ratio, min_load=recipe.min_load
-        )
-    return routing

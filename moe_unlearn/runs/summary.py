@@ -2,7 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from moe_unlearn.page import grid
+from moe_unlearn.page.blocks import NOTHING
 
 RUNS = {  # in the order of every table and legend
     "target": "target (to unlearn)",
@@ -30,28 +33,73 @@ COLUMNS = {  # key: heading, digits
     "extraction_f": ("extracted ↓", 3),
     "verbmem_r": ("VerbMem retain ↑", 3),
     "knowmem_r": ("KnowMem retain ↑", 3),
+    "verbmem_s": ("VerbMem seen ↑", 3),
+    "knowmem_s": ("KnowMem seen ↑", 3),
     "privleak": ("PrivLeak % →0", 1),
     "nll_f": ("NLL forget →R", 2),
     "nll_r": ("NLL retain ↓", 2),
+    "nll_s": ("NLL seen ↓", 2),
     "routing_drift": ("routing drift", 3),
     "seconds": ("seconds", 1),
 }
 
-LEGEND = """\
-↓ lower and ↑ higher is better; →0 should be zero; →R should come close to the retrained model's value. \
-A forgotten text scores like one never seen: below the retrained model there is nothing left to gain.
+UNITS = {  # of a column; a share lies between 0 and 1
+    "verbmem_f": "share",
+    "knowmem_f": "share",
+    "extraction_f": "share",
+    "verbmem_r": "share",
+    "knowmem_r": "share",
+    "verbmem_s": "share",
+    "knowmem_s": "share",
+    "privleak": "percent",
+    "nll_f": "nats per token",
+    "nll_r": "nats per token",
+    "nll_s": "nats per token",
+    "routing_drift": "share",
+    "seconds": "seconds",
+}
 
-* **VerbMem**: ROUGE-L F1 (0 to 1) of the greedy continuation against the true one.
-* **KnowMem**: a cloze form, the fraction (0 to 1) of a document's longest words filled in given what \
-precedes them; not MUSE's question answering.
-* **extracted**: fraction of forget documents whose first tokens come back exactly, given their title.
-* **PrivLeak**: 100 (AUC - AUC of retrain) / AUC of retrain, in percent, of Min-40 % scores, forget against \
-unseen documents; negative is under-unlearned, positive over-unlearned.
-* **NLL**: nats a token.
-* **routing drift**: total variation (0 to 1) of the experts' frequencies on forget text, before and after.
-* **retain** is measured on retain documents that unlearning did not see, where the run has such.
-* **seconds**: training for target and retrain (loading, if cached); preparation and steps for the others.
-"""
+GOALS = (
+    "↓ lower and ↑ higher is better; →0 should be zero; →R should come close to the retrained model's value. "
+    "A forgotten text scores like one never seen: below the retrained model there is nothing left to gain."
+)
+MEANINGS = {  # of one column or more: what they are called, and what they say
+    ("verbmem_f", "verbmem_r", "verbmem_s"): (
+        "VerbMem",
+        "ROUGE-L F1 (0 to 1) of the greedy continuation against the true one.",
+    ),
+    ("knowmem_f", "knowmem_r", "knowmem_s"): (
+        "KnowMem",
+        "a cloze form, the fraction (0 to 1) of a document's longest words filled in given what precedes them; not "
+        "MUSE's question answering.",
+    ),
+    ("extraction_f",): (
+        "extracted",
+        "fraction of forget documents whose first tokens come back exactly, given their title.",
+    ),
+    ("privleak",): (
+        "PrivLeak",
+        "100 (AUC - AUC of retrain) / AUC of retrain, in percent, of Min-40 % scores, forget against unseen documents; "
+        "negative is under-unlearned, positive over-unlearned.",
+    ),
+    ("nll_f", "nll_r", "nll_s"): ("NLL", "mean negative log-likelihood of the true text, in nats per token."),
+    ("routing_drift",): (
+        "routing drift",
+        "total variation (0 to 1) of the experts' frequencies on forget text, before and after.",
+    ),
+    ("verbmem_r", "knowmem_r", "nll_r"): (
+        "retain",
+        "measured on retain documents that unlearning did not see, where the run has such.",
+    ),
+    ("verbmem_s", "knowmem_s", "nll_s"): (
+        "seen",
+        "measured on the retain documents that unlearning took, where others were held out (data.retain_eval).",
+    ),
+    ("seconds",): (
+        "seconds",
+        "training for target and retrain (loading, if cached); preparation and steps for the others.",
+    ),
+}
 
 # the goal: forget VerbMem at most WITHIN away from retrain's, and the share KEEP or more of the target's retain VerbMem
 WITHIN, KEEP = 0.10, 0.95
@@ -92,26 +140,36 @@ def ordered(summary: dict) -> list[str]:
     return [r for r in RUNS if r in summary] + [r for r in summary if r not in RUNS]
 
 
+def columns(summary: Summary) -> list[str]:
+    """Return the usual columns that some run has."""
+    return [key for key in COLUMNS if any(metrics.get(key) is not None for metrics in summary.values())]
+
+
+def meanings(keys: Collection[str]) -> list[tuple[str, str]]:
+    """Return what columns are called and what they say, of those there are."""
+    return [meaning for own, meaning in MEANINGS.items() if not set(own).isdisjoint(keys)]
+
+
 def table(summary: Summary, *, markdown: bool = False, keys: Sequence[str] = ()) -> str:
     """Return the metrics as an aligned text or Markdown table; `keys` are the columns, by default the usual ones."""
-    keys = keys or [key for key in COLUMNS if any(key in metrics for metrics in summary.values())]
-    rows = [["run", *(COLUMNS.get(key, (key,))[0] for key in keys)]]
-    for run in ordered(summary):
-        rows.append([RUNS.get(run, run), *(_cell(summary[run], key) for key in keys)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = [
-        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    if not markdown:
-        return "\n".join("  ".join(row).rstrip() for row in padded)
-    rule = ["-" * w if not i else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
+    keys = keys or columns(summary)
+    head = ["run", *(heading(key) for key in keys)]
+    rows = [[RUNS.get(run, run), *(cell(summary[run], key) for key in keys)] for run in ordered(summary)]
+    return "\n".join(grid(head, rows, markdown=markdown))
 
 
-def _cell(metrics: dict[str, float], key: str) -> str:
+def heading(key: str) -> str:
+    """Return the heading of a column."""
+    return COLUMNS.get(key, (key,))[0]
+
+
+def cell(metrics: dict[str, float], key: str) -> str:
+    """Return a value with its spread over seeds, or the interval over documents, where there is one."""
     value, digits = metrics.get(key), COLUMNS.get(key, (key, 3))[1]
     if value is None or math.isnan(value):
-        return "–"
-    spread = metrics.get(f"{key}_sd")
-    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+        return NOTHING
+    spread, low, high = (metrics.get(f"{key}_{kind}") for kind in ("sd", "low", "high"))
+    if spread is not None:
+        return f"{value:.{digits}f} ± {spread:.{digits}f}"
+    between = "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}{between}"

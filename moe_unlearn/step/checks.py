@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep
 
 # keys of a recipe in which a saved state may differ from the step that takes it
-MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing")
+MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing", "trainer")
 # by section, its keys that change no result
-CHANGE_NOTHING = {"wagle": ("memory",), "optimizer": ("offload",)}
+CHANGE_NOTHING = {"wagle": ("memory",), "optimizer": ("offload",), "adapter": ("merge",)}
 
 
 def check_prepared(recipe: Recipe, prepared: Preparation) -> None:

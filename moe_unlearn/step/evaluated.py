@@ -10,8 +10,8 @@ from moe_unlearn.sharding import as_forward
 from moe_unlearn.step.unlearn import UnlearnStep
 
 
-def evaluated(step: UnlearnStep, batch: Mapping[str, Any]) -> Tensor | None:
-    """Return the weighted sum of the objectives of {"forget": rows, "retain": rows}, as in a step without MOLLM.
+def evaluated(step: UnlearnStep, batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return the losses of {"forget": rows, "retain": rows} by name, as `Objectives.weighed` takes them.
 
     None for a batch without forget rows, which is no pair. Every rank calls this, and what one refuses, all refuse; so
     do they if only some have a pair. Raises as `UnlearnStep.accumulate` does for a bad batch.
@@ -32,6 +32,5 @@ def evaluated(step: UnlearnStep, batch: Mapping[str, Any]) -> Tensor | None:
     def losses() -> dict[str, Tensor]:
         return {**objectives.forget(forget), **objectives.retain(retain)}
 
-    loss = objectives.weighed(as_forward(step.model, losses)())
-    assert isinstance(loss, Tensor)
-    return loss
+    found: dict[str, Tensor] = as_forward(step.model, losses)()
+    return found

@@ -196,6 +196,13 @@ class GradientStore:
                 elif gradient is not None:
                     gradient.div_(parts)
 
+    def change(self, changes: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> None:
+        """Replace the whole gradients of these parameters, in each set, by what the functions make of them."""
+        for gradients in self._each_set() if changes else ():
+            for (_, p), gradient in zip(self.trained, gradients, strict=True):
+                if p in changes and isinstance(gradient, Tensor):
+                    gradient.copy_(changes[p](gradient))
+
     def norm(self) -> float:
         """Return the norm of the step's gradient, masks applied, leaving out the gradients that are factors."""
         if self._norm is not None:

@@ -1,15 +1,16 @@
 """Losses of a recipe on one pair of batches, each a scalar with its graph.
 
 Names: `forget` (`config.FORGET_OBJECTIVES`), `retain` (NLL, KL or RMU's embedding difference), `kl` (MOLLM's
-third objective), `anchor` (SEUF) and `router_aux` (the load-balancing loss). The formulas are in `losses`, `seuf` and
-`router_aux`; this module applies them to batches, reference caches and TRACE's token weights:
+third objective), `hold` (what keeps the unseen text of level), `anchor` (SEUF) and `router_aux` (the load-balancing
+loss). The formulas are in `losses`, `seuf` and `router_aux`; this module applies them to batches, reference caches and
+TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
-Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, labelled
-tokens for RMU, attended positions for SEUF's anchor and the load-balancing loss. `units` counts these, so that each
-part of a split batch is weighed by its number of units. RMU steers and keeps the states of labelled tokens, or of the
-tokens marked by a batch's `state_mask` [B, S].
+Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO, DPO and where level
+compares sequences, labelled tokens for RMU, attended positions for SEUF's anchor and the load-balancing loss. `units`
+counts these, so that each part of a split batch is weighed by its number of units. RMU steers and keeps the states of
+labelled tokens, or of the tokens marked by a batch's `state_mask` [B, S].
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import COMPARE_COMPANIONS, Recipe
 from moe_unlearn.errors import NotPreparedError
 from moe_unlearn.experts import experts_modules, step_inputs, total_experts
 from moe_unlearn.model.admissible import check_values
@@ -32,6 +33,7 @@ from moe_unlearn.model.states import control_vector, layer_states, sequence_logp
 from moe_unlearn.prepare.float8 import unpacked
 from moe_unlearn.prepare.preparation import CACHED_SIDES, Preparation
 from moe_unlearn.prepare.rows import RowCache
+from moe_unlearn.step import level
 from moe_unlearn.step.dual import Multiplier
 
 # the largest share of a joint forward pass's positions that may be padding which separate passes would not have
@@ -81,6 +83,7 @@ class Objectives:
             "forget": recipe.forget.gamma,
             "retain": alpha,
             "router_aux": alpha * self.router_aux,
+            "hold": recipe.forget.gamma * recipe.forget.hold,
             "anchor": recipe.scope.anchor,
         }
 
@@ -90,13 +93,17 @@ class Objectives:
         return sum(factors.get(name, 1.0) * value for name, value in values.items()) - self.dual.offset
 
     def merged(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses by MOLLM's objectives: anchor and router_aux are part of another objective.
+        """Return the losses by MOLLM's objectives: hold, anchor and router_aux are part of another objective.
 
         Their factors do not include that objective's own.
         """
         merged, parts = (
             dict(values),
-            {"anchor": ("forget", self.factors["anchor"]), "router_aux": ("retain", self.router_aux)},
+            {
+                "hold": ("forget", self.recipe.forget.hold),
+                "anchor": ("forget", self.factors["anchor"]),
+                "router_aux": ("retain", self.router_aux),
+            },
         )
         for name, (whole, factor) in parts.items():
             if name in merged:
@@ -147,13 +154,13 @@ class Objectives:
 
     def _parts(self, forget: Batch, retain: Batch) -> list[Batch]:
         """Return the batches of a forward pass; `forget` are the rows that carry the forget loss."""
-        refused = [refusal(forget)] if self.recipe.forget.objective == "idk_dpo" else []
+        refused = [refusal(forget)] if self.recipe.forget.objective in COMPARE_COMPANIONS else []
         return [forget, *refused, retain]
 
     def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
         """Count the units that the losses of a pair of batches are means over, int64 [] each, by name.
 
-        The names are "forget", "retain", and "anchor" and "router_aux" where these losses are computed. Units are
+        The names are "forget", "retain", and "hold", "anchor" and "router_aux" where these are computed. Units are
         sequences for sequence losses, else positions; a loss without a unit of its own has that of "retain".
         """
         rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
@@ -162,6 +169,8 @@ class Objectives:
         out = {"forget": counted.sum(), "retain": kept.sum()}
         if objective in ("npo", "simnpo", "idk_dpo"):
             out["forget"] = torch.full_like(out["retain"], len(counted))
+        if objective == "level":
+            out |= level.units(self.recipe.forget, rows)
         if self.recipe.scope.kind == "seuf":
             out["anchor"] = attended_mask(rows).sum()
         if self.router_aux:
@@ -174,6 +183,8 @@ class Objectives:
             for batch in batches:
                 check_values(batch, side, self.model, alone=False)
         settings, kept = self.recipe.forget, self.recipe.retain.objective
+        if settings.objective == "level":
+            level.check(forget)
         if not any(self.units(batch, retain[0])["forget"] for batch in forget):
             first = f"forget.ignore_first_n_answer_tokens is {settings.ignore_first_n_answer_tokens}"
             why = {
@@ -195,20 +206,20 @@ class Objectives:
                     cache.known_keys(batch)
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the losses of the forget side: {"forget": loss}, with "anchor" added for SEUF."""
+        """Compute the losses of the forget side: {"forget": loss}, with "hold" for level and "anchor" for SEUF."""
         return self._forget_side(forgotten(self.recipe, batch))
 
     def _forget_side(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
         """Compute `forget` on the rows that carry its loss; given `states` [B, S, H] replace the forward passes."""
         if self.recipe.scope.kind != "seuf":
-            return {"forget": self._forget(batch, *states)}
+            return self._forget_losses(batch, *states)
         layer, expert = self._need("seuf", self.prepared.selected).nonzero()[0].tolist()
         name = list(experts_modules(self.model))[layer]
         with seuf.gates(self.model, [name]) as collected:
-            loss = self._forget(batch)
+            computed = self._forget_losses(batch)
         # where there are several forward passes (DPO), the first gate is kept, which is that of the batch itself
         gate = call_of(batch).rows(collected[name].dense()).flatten(0, 1)
-        return {"forget": loss, "anchor": seuf.anchor_loss(gate, expert, attended_mask(batch).flatten())}
+        return computed | {"anchor": seuf.anchor_loss(gate, expert, attended_mask(batch).flatten())}
 
     def retain(
         self,
@@ -306,6 +317,13 @@ class Objectives:
         state = self._need("trace", self.prepared.calibration)
         assert log_weight is not None  # a forward pass with TRACE's tilt adds it up
         return trace.online_weights(log_weight, state.bias, settings.cap or state.largest_weight)
+
+    def _forget_losses(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
+        """Compute the losses of the rows that carry a forget loss, by name."""
+        if self.recipe.forget.objective != "level":
+            return {"forget": self._forget(batch, *states)}
+        former = self._need("reference", self.prepared.ref_logprobs_idk)
+        return level.level(self.model, self.recipe.forget, batch, former, *states)
 
     def _forget(self, batch: Batch, states: Tensor | None = None, states_idk: Tensor | None = None) -> Tensor:
         settings = self.recipe.forget

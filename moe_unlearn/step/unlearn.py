@@ -59,7 +59,9 @@ from moe_unlearn.step import copies, saved
 from moe_unlearn.step.admission import admit
 from moe_unlearn.step.checks import check_budget, check_finite, check_open, left_clean
 from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.routers import RouterGuard
 from moe_unlearn.step.sharded import Shards, store_of
+from moe_unlearn.step.shown import view_of
 from moe_unlearn.step.sinks import sink_of
 from moe_unlearn.step.tally import Tally
 from moe_unlearn.step.weights import TrainedWeights, build_optimizer
@@ -120,9 +122,10 @@ class UnlearnStep:
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
         self.weights.know(optimizer)
+        self.routers = RouterGuard(self.model, self.recipe, self.optimizer, shared=self.shards is not None)
         self.tally = Tally(self.ranks)  #: record of the micro-batches of this step
         self.gradients = store_of(self.optimizer, self.shards)
-        self._updated: list[str] = []
+        self.updated: list[str] = []
         self._norm: float | None = None
         self.verifier = Verifier(self, verify)
 
@@ -157,8 +160,9 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
+        self.routers.rows = retain
         prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir, self.ranks, stages)
-        self.weights.mask(self.prepared, self.optimizer)
+        self.apply_masks()
         return self.prepared
 
     def __call__(
@@ -221,7 +225,7 @@ class UnlearnStep:
             self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
             if sink is not None:
                 sink.settle()
-            self._updated = [] if sink is None else sink.updated
+            self.updated = [] if sink is None else sink.updated
             self.tally.add(part, sizes, last)
         return dict(part.losses)
 
@@ -238,14 +242,15 @@ class UnlearnStep:
             check_budget(self.recipe, metrics, self.steps)
             self.gradients.add_up(self.ranks)
             self.gradients.divide(self.tally.divisor)
+            self.gradients.change(self.routers.changes)
             if self.recipe.mollm is not None:
                 metrics |= self._descend(self.recipe.mollm)
             factored = self.recipe.mollm is None and self.gradients.settle()
             norm = self.gradients.norm()
             if not math.isfinite(norm):
-                raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", (*self._updated,))
+                raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", (*self.updated,))
         # with updates in the backward pass or from factors the whole gradient never exists
-        self._norm = None if self._updated or factored else norm
+        self._norm = None if self.updated or factored else norm
         if self._norm is not None:
             metrics["grad_norm"] = norm
         if self.recipe.stop_forget_loss is not None:
@@ -286,13 +291,17 @@ class UnlearnStep:
         self.discard()
         self.gradients.under_way = False
         self.steps += 1
-        return metrics
+        return metrics | self.routers.measure(self.prepared, self.masks, self.steps, self.ranks)
+
+    def correct_routers(self) -> dict[str, float]:
+        """Correct the routers after the last step; return metrics. See `RouterGuard.correct` for errors."""
+        return self.routers.correct(self.prepared, self.masks, self.ranks)
 
     def discard(self) -> None:
         """Drop accumulated gradients and forget the micro-batches."""
         self.gradients.clear()
         self.tally.clear()
-        self._updated = []
+        self.updated = []
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = (), **options: Any) -> Plan:
         """Plan what the step will do and what it will cost for the largest of the given batches; see `plan`.
@@ -322,12 +331,18 @@ class UnlearnStep:
     def apply_preparation(self) -> None:
         """Let exactly those weights train that the scope and what is prepared allow."""
         self.weights.restrict(self.prepared)
+        self.apply_masks()
+
+    def apply_masks(self) -> None:
+        """Give the optimizer the masks of what is prepared, and routers what they keep."""
         self.weights.mask(self.prepared, self.optimizer)
+        self.routers.take(self.prepared, self.masks)
 
     def close(self) -> None:
         """Restore the model's experts implementation and `requires_grad` flags as they were before."""
         self.discard()
         self.gradients.close()
+        self.routers.close()
         self.weights.restore()
         self._implementation.disable()
 
@@ -344,22 +359,7 @@ class UnlearnStep:
     def view(self) -> StepView:
         """Return what the step shows of itself at this moment; RuntimeError after `close()`."""
         check_open(self._implementation.enabled)
-        return StepView(
-            model=self.model,
-            recipe=self.recipe,
-            optimizer=self.optimizer,
-            masks=self.masks,
-            fused=self.fused,
-            peers=self.ranks.peers,
-            micro_batches=self.micro_batches,
-            separate=self.objectives.separate,
-            held_back=self.held_back,
-            steps=self.steps,
-            alpha=self.objectives.dual.value,
-            losses=[part.losses for part in self.tally.parts],
-            updated=self._updated,
-            gradients=self.gradients,
-        )
+        return view_of(self)
 
     def twin(self, model: nn.Module, prepared: dict | None = None) -> "UnlearnStep":
         """Return a plain step over `model`, a copy of this step's model; see `copies.twin`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_unlearn import offload
 from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
+from moe_unlearn.model.adapters import check_adapted
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.checks import check_dtypes
@@ -18,7 +19,8 @@ class TrainedWeights:
     """Decides which weights of a model may change, until `restore`; frozen ones stay frozen."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, shards: Shards | None = None):
-        self.model, self.scope, self.shards = model, recipe.scope, shards
+        check_adapted(model, recipe)
+        self.model, self.recipe, self.shards = model, recipe, shards
         #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -33,7 +35,7 @@ class TrainedWeights:
     def restrict(self, prepared: Preparation) -> None:
         """Freeze the parameters outside the scope; ValueError if none is left to train, and for `check_dtypes`."""
         self._applied = None
-        scope.restrict(self.model, self.scope, self._flags, prepared.selected)
+        scope.restrict(self.model, self.recipe, self._flags, prepared.selected)
         check_dtypes(self.model)
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
@@ -47,7 +49,7 @@ class TrainedWeights:
             return
         if self.shards is not None and prepared.mask is not None:
             prepared.mask = self.shards.share_out(prepared.mask)
-        self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        self.masks = scope.weight_masks(self.model, self.recipe.scope, prepared.selected, prepared.mask)
         moving = {name for name, words in self.masks.items() if words.any()}
         if self.shards is not None:
             moving = self.shards.take_masks(self.masks, moving)
@@ -101,7 +103,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     if numerics is None:
         narrow = settings.state != "float32" or any(p.dtype == torch.bfloat16 for p in parameters)
         numerics = "stochastic" if narrow else "parity"
-    groups = [{"params": parameters, "offload": settings.offload}]
+    groups: list[dict[str, Any]] = [{"params": parameters, "offload": settings.offload}]
+    if recipe.router.mode == "invariant" and any(p.dtype == torch.bfloat16 for p in parameters):
+        # small, and what they keep would be lost in the rounding of each update
+        own = {p for name, p in model.named_parameters() if name in scope.routing_parameters(model)}
+        groups[0]["params"] = [p for p in parameters if p not in own]
+        masters = {"params": [p for p in parameters if p in own], "offload": False, "numerics": "fp32_master"}
+        groups = [group for group in (groups[0], masters) if group["params"]]
     common: dict[str, Any] = {
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,

@@ -56,6 +56,7 @@ class CheckpointedTrainer(Trainer):
     """A Trainer that saves, finds, verifies and loads checkpoints of its `unlearn_step`."""
 
     unlearn_step: UnlearnStep
+    _verified: Path | None = None  # the newest whole checkpoint, whose bits have been compared once
 
     @property
     def _sharded(self) -> bool:
@@ -123,7 +124,7 @@ class CheckpointedTrainer(Trainer):
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
-                if isinstance(noted[name], list):
+                if isinstance(noted.get(name), list):
                     noted[name].append(state)
                 else:
                     noted[name] = state
@@ -145,18 +146,24 @@ class CheckpointedTrainer(Trainer):
         """Return the newest whole checkpoint in `output_dir`."""
         return sharded.latest(str(self.args.output_dir), prefix=PREFIX, group=self.unlearn_step.ranks.group)
 
-    def _checkpoint_of(self, wanted: str | bool | None) -> Path | None:
-        """Return the checkpoint that `train` is asked to resume, which is whole; None if it is asked for none."""
+    def checkpoint_of(self, wanted: str | bool | None) -> Path | None:
+        """Return the checkpoint that `train` is asked to resume, which is whole; None if it is asked for none.
+
+        Nothing is changed. Raises ValueError where True asks for the newest one and none is whole, and CheckpointError
+        for a folder that differs from what was written.
+        """
         if wanted is True:
             if (newest := self._newest()) is None:
                 raise ValueError(
                     f"no checkpoint to resume in {self.args.output_dir!r}: none is there that is whole; put one back "
                     "from a copy, or begin anew: in an empty folder, or with --overwrite where a run is resumed"
                 )
+            self._verified = newest
             return newest
         if not wanted:
             return None
-        sharded.verify(wanted, group=self.unlearn_step.ranks.group)
+        if Path(wanted) != self._verified:
+            sharded.verify(wanted, group=self.unlearn_step.ranks.group)
         return Path(wanted)
 
     def _ended(self, checkpoint: Path) -> TrainOutput | None:

@@ -1,7 +1,8 @@
 """UnlearnTrainer, which runs the unlearning step inside transformers' Trainer.
 
 The recipe decides what is optimised and how (objectives, levers, scope, optimizer and its learning rate);
-`TrainingArguments` decide the loop (steps, batch size, accumulation, schedule, clipping, logging, saving).
+`TrainingArguments` decide the loop (steps, batch size, accumulation, schedule, clipping, logging, saving). What one of
+them is told and the other decides is named in a warning.
 The Trainer provides everything else: callbacks, `report_to`, evaluation, checkpoints.
 
 Its checkpoints are whole (`checkpoints`), and a resume goes on from the newest one that is, with the same bits. A
@@ -20,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
@@ -33,6 +34,7 @@ from moe_unlearn.ranks import everyone
 from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed, each_batch_synced
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.evaluated import evaluated
+from moe_unlearn.trainer.arguments import warn_of_conflicts
 from moe_unlearn.trainer.checkpoints import CheckpointedTrainer
 
 #: steps after which all trained weights are looked at; that reads them once
@@ -93,14 +95,18 @@ class UnlearnTrainer(CheckpointedTrainer):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
         self.unlearn_step = UnlearnStep(model, recipe, verify=verify, process_group=ranks)
+        warn_of_conflicts(args, self.unlearn_step.recipe)
         self.unlearn_step.micro_batches = args.gradient_accumulation_steps
         if args.max_grad_norm:
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         self._cache_dir = cache_dir
         if data_collator is None:
             tokenizer = keywords.get("processing_class")
-            data_collator = pair_collator(self.unlearn_step.recipe, tokenizer, sides["forget"], model)
+            data_collator = pair_collator(
+                self.unlearn_step.recipe, tokenizer, sides["forget"], model, getattr(train_dataset, "unseen", None)
+            )
         self._logged: dict[str, list[float]] = {}
+        self._sides: dict[str, list[torch.Tensor]] = {}  # of an evaluation: its losses by name
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         # of a model that transformers has shared out the Trainer saves weights only, and refuses anything else
         only_model = args.save_only_model
@@ -142,19 +148,28 @@ class UnlearnTrainer(CheckpointedTrainer):
         Raises ValueError if a checkpoint was prepared on other rows than those of the dataset, and CheckpointError
         for one that differs from what was written.
         """
-        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
         if checkpoint is not None:
             self._load_step(checkpoint)
             if (ended := self._ended(checkpoint)) is not None:
+                self._correct_routers()
                 return ended
         if not self.is_fsdp_enabled:
             self.prepare()
         with each_batch_synced(self.accelerator, wanted=everyone() is not None):
-            return super().train(
+            trained = super().train(
                 resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
+        self._correct_routers()
+        return trained
+
+    def _correct_routers(self) -> None:
+        """Correct the routers once after the last step, if the recipe says so; checkpoints have them from before."""
+        if self.unlearn_step.recipe.router.correct:
+            self.prepare()
+            self.log(self.unlearn_step.correct_routers())
 
     def _take_up(self) -> None:
         """Have the step take up the parts of weights that accelerate has made when training begins, and prepare."""
@@ -235,10 +250,32 @@ class UnlearnTrainer(CheckpointedTrainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the weighted sum of a pair's objectives, as in a step without MOLLM; other batches as usual."""
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            loss = evaluated(self.unlearn_step, self._prepare_inputs(inputs))
-        if loss is None:
+            losses = evaluated(self.unlearn_step, self._prepare_inputs(inputs))
+        if losses is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss = self.unlearn_step.objectives.weighed(losses)
+        assert isinstance(loss, torch.Tensor)
+        for name, value in losses.items():  # once for each row, as the Trainer counts the loss of a batch
+            rows = value.detach().repeat(len(inputs["forget"]["input_ids"]))
+            self._sides.setdefault(name, []).append(self.accelerator.gather_for_metrics(rows))
         return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as transformers does, and add the mean of each loss of pairs, such as `eval_forget_loss`."""
+        self._sides.clear()
+        given = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(*given)
+        means = {name: torch.cat(parts).mean().item() for name, parts in self._sides.items()}
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}_loss": mean for name, mean in means.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the step's metrics since the last log added."""

@@ -4,6 +4,7 @@
 what several ranks have, and `judge` applies the criterion of `testing` to the results of the step.
 """
 
-from moe_unlearn.verify.verifier import VerificationError, Verifier
+from moe_unlearn.errors import VerificationError
+from moe_unlearn.verify.verifier import Verifier
 
 __all__ = ["VerificationError", "Verifier"]

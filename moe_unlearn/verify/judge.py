@@ -168,7 +168,11 @@ class Comparison:
         """Judge the slices of one weight that train, [M, ...] each."""
         start = self.before.state.get(name, {}).get("master", before).double()
         runs, gold = (self.ours, self.baseline), self.gold.weights[name][update.slices]
-        truths = [torch.where(kept, update.truth(run.state[name], start, gold), start) for run in runs]
+        slices = update.slices if isinstance(update.slices, Tensor) else None
+        truths = [
+            self.plain.held(p, torch.where(kept, update.truth(run.state[name], start, gold), start), slices)
+            for run in runs
+        ]
 
         def end(run: Run) -> Tensor:
             weights: Tensor = run.state[name].get("master", run.weights[name][update.slices])

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.errors import NonFiniteError, VerificationError
 from moe_unlearn.model.batches import Batch, Sizes
 from moe_unlearn.model.unshared import unshared
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, Slot
@@ -61,14 +61,6 @@ from moe_unlearn.view import StepView
 PERTURBATIONS = 8  # float64 runs on weights perturbed by rounding; if there were two, both might be accurate by luck
 # the perturbation in last bits: sums of float32 round at every addition, those of narrower numbers when they are stored
 _ULPS_OF_FLOAT32, _ULPS_OF_NARROWER = 8, 1
-
-
-class VerificationError(ArithmeticError):
-    """The fused step differs from the plain one; the model and the optimizer are as before the step."""
-
-    def __init__(self, report: Report, undone: str):
-        super().__init__(f"{report}\n{undone}")
-        self.report = report
 
 
 class Record(Protocol):

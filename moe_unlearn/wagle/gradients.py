@@ -25,6 +25,7 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.one_copy import add_up
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.ops.sink import GradientSink
+from moe_unlearn.progress import watched
 from moe_unlearn.ranks import Ranks, gathered, turns
 from moe_unlearn.sharding import add_up_gradients, is_sharded, of_peers, part, reshard, rowwise
 from moe_unlearn.wagle.pieces import Piece
@@ -77,7 +78,7 @@ def gradients(model: nn.Module, side: Side, pieces: Sequence[Piece], ranks: Rank
         if ranks is not None:
             inside.enter_context(_summed(model))
         inside.enter_context(torch.enable_grad())
-        for i, counts in turns(range(len(side.batches)), ranks):
+        for i, counts in turns(watched(range(len(side.batches)), "gradients for the mask"), ranks):
             backward = partial(_backward, model, side, i, counts)
             if ranks is None or ranks.sharded:
                 backward()

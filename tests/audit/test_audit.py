@@ -9,10 +9,11 @@ import torch
 
 from moe_unlearn.audit import ATTACKS, Settings, audit, plain
 from moe_unlearn.audit.attack import reading
-from moe_unlearn.audit.rounding import GRIDS, NF4, survives
-from moe_unlearn.audit.weights import linear_weights, restored
+from moe_unlearn.audit.rounding import survives
+from moe_unlearn.audit.weights import restored
 from moe_unlearn.benchmark.tiny_models import tiny_olmoe
 from moe_unlearn.metrics import token_scores
+from moe_unlearn.model.grids import GRIDS, NF4, linear_weights
 from tests.support.forked_ranks import found_on
 from tests.support.planted import less_likely, on_the_grid, quantisable, rerouted, suppressed
 

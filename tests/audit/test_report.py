@@ -14,7 +14,8 @@ from moe_unlearn.audit.report import NAMES, write
 from moe_unlearn.audit.summary import summary
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
-from moe_unlearn.files import write_sealed
+from moe_unlearn.page.charts import forest, heat
+from moe_unlearn.page.svg import Axis
 
 FAST = Settings(new_tokens=8, relearn_steps=2, samples=1, experts=2)
 
@@ -33,8 +34,8 @@ def test_the_three_files(report, tmp_path):
     content = json.loads(plain, parse_constant=pytest.fail)  # no NaN, no Infinity
     assert content["verdict"] == "present" == content["attacks"]["plain"]
     assert len(content["findings"]) == len(report.findings)
-    assert text.startswith("# Audit of forgetting: present\n") and "| **present** |" in text
-    assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(|<script", page)
+    assert text.startswith("# Audit of forgetting: present\n") and re.search(r"\| \*\*present\*\* +\|", text)
+    assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(", page) and page.count("<script") == 1
     assert "prefers-color-scheme: dark" in page
     for told in (text, page):
         assert "Looking inside, a probe of hidden states: what is inside differs by more" in told
@@ -57,10 +58,15 @@ def test_a_model_before_that_knew_nothing_gives_no_verdict(report):
 
 
 def test_what_a_figure_has_nothing_for_is_left_out():
-    assert figures.forest([], 0.1) == figures.curves({}, "x", "y") == figures.heat([], [], []) == ""
-    drawn = figures.heat([[0.5, None]], ["layer 0"], ["expert 0", "expert 1"])
+    assert figures.shares([], 0.1) == [] and heat("", []) is None is heat("", [[None]])
+    drawn = heat("", [[0.5, None]]).inline()
     assert drawn.count('class="cell"') == drawn.count('class="empty"') == 1
-    assert figures.curves({"a": [(0, 1), (1, 1)], "b": [(0, 2), (1, 1)]}, "x", "y").count("<polyline") == 2
+
+
+def test_an_interval_that_leaves_the_axis_has_an_arrow():
+    axis = Axis("share", -1.0, 1.5)
+    inside, outside = (forest([("x", "gone", ends)], 0.1, axis).inline() for ends in ((0, 0.1, 0.2), (-9, 0.1, 9)))
+    assert inside.count('class="arrow"') == 0 and outside.count('class="arrow"') == 2
 
 
 @pytest.fixture
@@ -104,8 +110,9 @@ def test_the_command_line_goes_on_where_it_was(folder, capsys):
 
 
 def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
-    def ran_with(*sides):
-        recipe = Recipe.load("graddiff", [f"data.{side}={folder / f'{side}.jsonl'}" for side in sides])
+    def ran_with(*sides, name="graddiff", **others):
+        sources = {side: side for side in sides} | others
+        recipe = Recipe.load(name, [f"data.{side}={folder / source}.jsonl" for side, source in sources.items()])
         (folder / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     unseen, trained = (lines_of(folder / f"{side}.jsonl") for side in ("holdout", "retain"))
@@ -116,9 +123,8 @@ def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
     content = json.loads((folder / "out" / "AUDIT.json").read_text(encoding="utf-8"))
     assert content["documents"]["holdout"] == 10
     assert content["left_out"] == ["2 holdout rows were trained on, and are no unseen text"]
-    # a run that trained on its holdout rows says so
-    ran_with(*SIDES)
-    write_sealed(folder / "run" / "run.json", json.dumps({"holdout": "digest"}).encode())
+    # level trains on unseen rows, too
+    ran_with("forget", "retain", unseen="holdout", name="level")
     assert asked(folder, "--attacks", "plain", retain="own.jsonl") == 2
     assert "holdout: expected documents to audit with; got 12 holdout rows were trained on" in capsys.readouterr().err
 

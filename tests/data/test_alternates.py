@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 
+from moe_unlearn.cli import main
 from moe_unlearn.cli.arguments import examples_of
 from moe_unlearn.config import Data, Recipe
 from moe_unlearn.data import (
@@ -120,17 +121,17 @@ def test_the_command_line_encodes_a_side_as_rows_in_memory_are(write, side):
 
 
 def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):
-    asked, main = {}, import_module("moe_unlearn.cli.main")
+    asked, run = {}, import_module("moe_unlearn.cli.run")
 
     def examples(source, tokenizer, settings, side, reports, *, alternates, cache):
         asked[settings.model] = alternates
         raise ValueError("enough")
 
-    monkeypatch.setattr(main, "examples_of", examples)
-    monkeypatch.setattr(main, "require_moe", lambda model: None)
-    monkeypatch.setattr(main.loading, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(run, "examples_of", examples)
+    monkeypatch.setattr(run, "require_moe", lambda model: None)
+    monkeypatch.setattr(run.loading, "load_tokenizer", lambda *_: None)
     for name in ("altpo", "npo"):
-        main.main(["run", name, "--model", name, "--forget", "f", "--retain", "r", "--out", str(tmp_path / name)])
+        main(["run", name, "--model", name, "--forget", "f", "--retain", "r", "--out", str(tmp_path / name)])
     assert asked == {"altpo": True, "npo": False}
 
 

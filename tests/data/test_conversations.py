@@ -203,7 +203,7 @@ def test_the_trainer_takes_data_sets_of_rows(tmp_path):
     assert (len(drawn.forget), len(drawn.retain)) == (1, 2)
     with pytest.raises(ValueError, match="rows need processing_class"):
         UnlearnTrainer(model, arguments, "npo", rows)
-    with pytest.raises(ValueError, match="to have forget and retain; got forget"):
+    with pytest.raises(ValueError, match="to have forget and retain, and perhaps unseen; got forget"):
         UnlearnTrainer(model, arguments, "npo", {"forget": rows["forget"]}, processing_class=TOKENIZER)
     same = {"forget": rows["retain"], "retain": rows["retain"]}
     with pytest.raises(ValueError, match="the forget and retain sets overlap: 3 of 3 forget examples"):

@@ -5,13 +5,18 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, check_apart, draw, overlap
+from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, check_apart, draw, hold_out, overlap
+from moe_unlearn.data.pairs import check_held_out
+from moe_unlearn.lazy import Lazy
 
 pytestmark = pytest.mark.quick
 
 
 def examples(count, start):
     return [Example([start + i] * (2 + i % 3), [start + i] * (2 + i % 3), 1) for i in range(count)]
+
+
+EIGHT = examples(8, 700)
 
 
 def partners(dataset):
@@ -84,6 +89,44 @@ def test_drawn_examples_depend_on_the_seed_alone_and_keep_their_order():
     assert drawn == draw(examples, 5, seed=1) != draw(examples, 5, seed=2)
     assert len(drawn) == 5 and drawn == sorted(drawn, key=examples.index)
     assert draw(examples, 20, seed=1) == draw(examples, 99, seed=1) == examples
+
+
+def of_documents(*lengths):
+    """Return documents of so many rows each; the last one is the first one again."""
+    made = [[Example([d, r], [d, r], 1, continues=r > 0) for r in range(n)] for d, n in enumerate(lengths)]
+    return [row for document in [*made, made[0]] for row in document]
+
+
+def test_a_share_of_the_documents_is_held_out_whole_and_by_seed():
+    """No row of a document that is held out stays, nor one of a document with the same tokens."""
+    rows = of_documents(*[1, 3, 2] * 7)
+    for seed in range(6):
+        kept, held = hold_out(rows, 0.29, seed=seed)
+        assert len({row.input_ids[0] for row in held}) == 6, "of 21 documents"
+        assert {row.input_ids[0] for row in held}.isdisjoint(row.input_ids[0] for row in kept)
+        assert len(kept) + len(held) == len(rows) and [row for row in rows if row in held] == held
+    assert hold_out(rows, 0.29, seed=1) == hold_out(rows, 0.29, seed=1) != hold_out(rows, 0.29, seed=2)
+    lazy = hold_out(Lazy(len(rows), rows.__getitem__), 0.29, seed=1)
+    assert [[*side] for side in lazy] == [*hold_out(rows, 0.29, seed=1)]
+
+
+@pytest.mark.parametrize(
+    "documents,share,count", [(9, 0.1, 0), (10, 0.1, 1), (10, 0.01, 1), (100, 0.29, 29), (30, 0, 0)]
+)
+def test_so_many_documents_are_held_out(documents, share, count):
+    kept, held = hold_out(of_documents(*[1] * documents)[:-1], share, seed=0)
+    assert (len(held), len(kept)) == (count, documents - count)
+    with pytest.raises(ValueError, match="at least 0 and below 1; got 1"):
+        hold_out(kept, 1, seed=0)
+
+
+def test_rows_that_training_would_see_are_refused():
+    for side, sets in (("forget", (EIGHT, [])), ("retain", ([], EIGHT))):
+        with pytest.raises(
+            ValueError, match=f"retain-eval and {side} sets overlap: 2 of 3 rows stand in the {side} set"
+        ):
+            check_held_out([*EIGHT[:2], *examples(1, 900)], *sets)
+    check_held_out(examples(3, 900), EIGHT, EIGHT)
 
 
 def test_overlap_counts_by_content():

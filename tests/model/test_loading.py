@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM, modeling_utils
 
 from moe_unlearn import benchmark
-from moe_unlearn.model import loading
+from moe_unlearn.model import adapters, loading
 from moe_unlearn.model.loading import Loading, load_model, load_tokenizer, located
 from tests.support.command_line import saved
 from tests.support.own_code import add_own_code
@@ -351,7 +351,7 @@ def test_what_is_wrong_with_an_adapter_is_named(adapter, copied, monkeypatch):
 
     named("an adapter trains on whole weights", how=Loading(fsdp=2))
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "find_spec", lambda name: None)
+        patch.setattr(adapters, "find_spec", lambda name: None)
         named("needs the library 'peft', which is missing: pip install peft")
     whole = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     wrong = {

@@ -1,5 +1,7 @@
 """Scopes: patterns, expert masks over every layout, routers, and SEUF's affinity and anchor."""
 
+import re
+
 import pytest
 import torch
 
@@ -25,6 +27,11 @@ def test_matching_names(model):
     assert "model.layers.1.mlp.experts.down_proj" not in chosen
     with pytest.raises(ValueError, match="'nope' matches no parameter; names look like model.embed"):
         scope.matching(model, ["nope"])
+    with pytest.raises(ValueError, match="with forget.objective rmu add forget.layer=1") as refused:
+        scope.matching(model, ["nope"])
+    [named] = re.findall(r"scope.parameters=\['(.*)'\]", str(refused.value))  # the remedy is one
+    experts = {name for name, _ in model.named_parameters() if "experts" in name}
+    assert scope.matching(model, [named]) == experts
     with pytest.raises(ValueError, match="is no regular expression"):
         scope.matching(model, ["("])
 
@@ -46,6 +53,8 @@ def test_expert_masks_and_routers_on_every_family(name):
     routers = scope.router_parameters(model, first)
     assert routers and all(parameters[r].shape[0] == module.num_experts for r in routers)
     assert not any("shared" in r or "experts." in r for r in routers)
+    everywhere = {name for layer in modules for name in scope.router_parameters(model, layer)}
+    assert scope.routing_parameters(model) == everywhere and len(everywhere) > len(routers)
 
 
 def test_bad_selection(model):

@@ -3,12 +3,16 @@
 import ast
 import json
 import math
+import re
+from html import escape
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from moe_unlearn.runs import figures, report
+from moe_unlearn.page.style import DRAWING
+from moe_unlearn.runs import figures, pages, report, verdict
 from moe_unlearn.runs import summary as summaries
 from moe_unlearn.runs.summary import RUNS, summarise, table
 
@@ -34,7 +38,7 @@ def shifted(by):
 def text_of(results, routing=None):
     summary = summarise(results)
     content = report.Content(summary, "builtin:x", {str(seed): r for seed, r in results.items()}, {}, routing or {})
-    return report.markdown(content, {})
+    return pages.of(content).markdown()
 
 
 @pytest.mark.quick
@@ -105,10 +109,12 @@ def test_an_audit_of_a_run_counts_and_is_shown(tmp_path, verdict, reached):
     rows = [["rounding", "to int4 | nf4", "98 % [90, 99] by VerbMem, int4", verdict]]
     audit = {"run": "combined", "verdict": verdict, "summary": "Some words.", "rows": rows}
     report.save(tmp_path, report.Content(RESULTS, audit=audit))
-    text = report.markdown(report.read(tmp_path), {})
+    text = pages.of(report.read(tmp_path)).markdown()
     assert f"97.0% of retain VerbMem kept; audit {verdict}: **{reached}**." in text
     assert f"## Audit of three levers: {verdict}\n\nSome words. [The whole report](audit/AUDIT.md)" in text
-    assert f"| rounding | to int4 / nf4 | 98 % [90, 99] by VerbMem, int4 | {verdict} |" in text
+    assert re.search(
+        rf"\| rounding +\| to int4 \\\| nf4 +\| 98 % \\\[90, 99\\\] by VerbMem, int4 \| \*\*{verdict}\*\* +\|", text
+    )
 
 
 @pytest.mark.quick
@@ -197,77 +203,113 @@ def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
     (tmp_path / "report.md").unlink()
     assert report.write(tmp_path, report.read(tmp_path)) == written
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == first
-    figures = {"pareto.png", "trajectories.png", "experts.png"}
-    assert {p.name for p in written} == figures | {"report.md"}
-    for name in figures:
+    drawn = {"pareto.svg", "trajectories.svg", "experts.svg"}
+    assert {p.name for p in written} == drawn | {*report.PAGES}
+    for name in drawn:
         assert f"](figures/{name})" in first
-        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(tmp_path / "figures" / name)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["summary"] == summary
 
 
 def test_only_what_there_is_gets_drawn(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"npo": {"verbmem_f": 0.2, "verbmem_r": 0.9}}), encoding="utf-8")
     (tmp_path / "trajectory.json").write_text('{"npo": [{"step": 1, "forget_loss": 3.0}]}', encoding="utf-8")
-    assert report.write(tmp_path, report.read(tmp_path)) == [tmp_path / "report.md"]
-    assert "Figures" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    written = report.write(tmp_path, report.read(tmp_path))
+    assert written == [tmp_path / name for name in (*report.PAGES, "figures/losses.svg")]  # one run is no frontier
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "KnowMem" not in text and "PrivLeak" not in text.partition("## Verdict")[0]  # nobody has them
+
+
+def texts_of(drawing):
+    """Every text of a drawing, with the box that it takes at the most."""
+    root = ElementTree.fromstring(f"<svg>{''.join(drawing.parts)}</svg>")
+    for own in root.iter("text"):
+        x, y, long = float(own.get("x")), float(own.get("y")), 5.2 * len(own.text or "")
+        left = x - long * {"middle": 0.5, "end": 1.0}.get(own.get("text-anchor"), 0.0)
+        yield own.text, (left, y - 9, left + long, y + 2)
+
+
+def test_no_two_texts_of_a_figure_overlap():
+    runs = {run: RESULTS["npo"] for run in RUNS}
+    steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + i} for i in range(3)]
+    wide = {k: torch.rand(24, 128).tolist() for k in ("forget", "retain")}
+    wide["selected"] = (torch.rand(24, 128) > 0.9).tolist()
+    drawn = [
+        *figures.frontier(runs),
+        *figures.trajectories(dict.fromkeys(RUNS, steps), runs),
+        *figures.experts(wide, {}),
+    ]
+    assert [figure.name for figure in drawn] == ["pareto", "trajectories", "experts"]
+    for drawing in [own for figure in drawn for own in figure.drawings]:
+        boxes = list(texts_of(drawing))
+        assert len(boxes) > 8
+        for i, (text, box) in enumerate(boxes):
+            assert -1 <= box[0] and box[2] <= drawing.width + 1, f"{text!r} leaves the figure"
+            for other, second in boxes[:i]:
+                apart = box[0] >= second[2] or second[0] >= box[2] or box[1] >= second[3] or second[1] >= box[3]
+                assert apart, f"{text!r} overlaps {other!r}"
 
 
 def test_figures_show_the_data():
-    figure, caption = figures.expert_frequencies({**ROUTING})
-    panels = [axes for axes in figure.axes if axes.images]
-    shown = [panel.images[0].get_array() for panel in panels]
-    assert (shown[0] == ROUTING["forget"].double().numpy()).all()
-    assert shown[2][0].tolist() == pytest.approx([1, math.log2(2 / 3), math.log2(2 / 3)])
-    assert shown[2][1, 0] == 3  # retain never goes there: cut, not infinite
-    assert all(len(panel.patches) == 2 for panel in panels)
-    assert panels[0].patches[0].get_xy() == (-0.5, -0.5)
-    figure, caption = figures.pareto(summarise({0: RESULTS, 1: shifted({"npo": 0.1})}))
-    assert "Bars" in caption and "Shaded" in caption
-    labels = figure.legends[0].get_texts()
-    assert [label.get_text() for label in labels][:3] == ["target (to unlearn)", "retrain (gold)", "NPO"]
+    (figure,) = figures.experts({key: table.tolist() for key, table in ROUTING.items()}, {})
+    assert len(figure.drawings) == 3 and all(own.inline().count('class="chosen"') == 1 for own in figure.drawings)
+    first = figure.drawings[0].inline()
+    assert first.count("<title>") == 6 and "layer 1, expert 0: 0.2</title>" in first
+    assert "layer 1, expert 0: 3</title>" in figure.drawings[2].inline()  # retain never goes there: cut, not infinite
+    (figure,) = figures.frontier(summarise({0: RESULTS, 1: shifted({"npo": 0.1})}))
+    assert "Bars" in figure.caption and "Shaded" in figure.caption
+    whole, near = (own.inline() for own in figure.drawings)
+    assert "target (to unlearn): 1.000" in whole and "target (to unlearn)" not in near
 
 
-def drawn_texts(figure, monkeypatch):
-    """Every text that is really drawn (ticks outside the axes are not) with its box in pixels."""
-    from matplotlib.text import Text
-
-    texts, draw = {}, Text.draw
-
-    def record(text, renderer):
-        if text.get_visible() and text.get_text():
-            texts[id(text)] = text
-        draw(text, renderer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Text, "draw", record)
-        figure.canvas.draw()
-    return [(t.get_text(), t.get_window_extent(figure.canvas.get_renderer())) for t in texts.values()]
+def test_what_lies_below_another_run_is_seen_and_what_leaves_the_frame_has_an_arrow():
+    """Three runs on one point have three names apart and hollow markers of three shapes."""
+    spread = {"verbmem_f_sd": 0.9, "verbmem_r_sd": 0.0}
+    runs = {run: RESULTS["npo"] | spread for run in ("npo", "trace", "wagle")}
+    (figure,) = figures.frontier(runs)
+    (drawing,) = figure.drawings
+    drawn = drawing.inline()
+    for name in ("NPO", "TRACE", "WAGLE"):
+        assert [text for text, _ in texts_of(drawing)].count(name) == 2  # at the point and in the legend
+    assert drawn.count('class="arrow"') == 6 and "fill-opacity: .6" in DRAWING
+    shapes = re.findall(r'<(circle|polygon) class="point" (?:c|points=)[^/]*', drawn)
+    assert len({*re.findall(r'class="point"[^>]*points="([^"]*)"', drawn)}) >= 2 and "circle" in shapes
 
 
-def test_no_two_texts_of_a_figure_overlap(monkeypatch):
-    runs = {run: RESULTS["npo"] for run in RUNS}
-    steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + i} for i in range(3)]
-    wide = {k: torch.rand(24, 128) for k in ("forget", "retain")} | {"selected": torch.rand(24, 128) > 0.9}
-    for drawn in (
-        figures.pareto(runs),
-        figures.trajectory_curves(dict.fromkeys(RUNS, steps), runs),
-        figures.expert_frequencies(ROUTING),
-        figures.expert_frequencies(wide),
-    ):
-        figure = drawn[0]
-        boxes = drawn_texts(figure, monkeypatch)
-        frame = figure.bbox
-        assert len(boxes) > 8
-        for i, (text, box) in enumerate(boxes):
-            assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, f"{text!r} leaves the figure"
-            for other, second in boxes[:i]:
-                assert not box.overlaps(second), f"{text!r} overlaps {other!r}"
+@pytest.mark.quick
+def test_texts_of_others_say_nothing_in_either_language():
+    hostile = "</td><script>alert(1)</script> | **x** [y](javascript:z) `c` \x00 &lt; <img src=x onerror=alert(1)>\n# h"
+    hostile += "\u202e0.1"  # turns round what follows
+    summary = {"target": RESULTS["target"], hostile: RESULTS["npo"]}
+    sample = {"prompt": hostile, "truth": hostile, "before": hostile, "after": hostile}
+    about = {"command": hostile, "started": hostile, "seed": 0, "machine": hostile, "versions": {hostile: hostile}}
+    loaded = {"model": hostile, "dtype": "d", "device": "cpu", "trust_remote_code": False}
+    data = {hostile: {"source": hostile, "dropped": {hostile: 1}}}
+    routing = {key: table.tolist() for key, table in ROUTING.items()} | {"inactive": hostile}
+    audit = {"run": hostile, "verdict": hostile, "summary": hostile, "rows": [[hostile] * 4]}
+    made = pages.of(
+        report.Content(
+            summary, hostile, {hostile: summary}, {hostile: [{"step": 1, "forget_loss": 1.0}]}, routing,
+            loaded=loaded, about=about, data=data, samples={"forget": [sample], hostile: [sample]}, audit=audit,
+            recipe=f"```\n{hostile}",
+        )
+    )  # fmt: skip
+    page, text = made.html(), made.markdown()
+    assert not {"\u202e", "\x00"} & {*page, *text}
+    body = page[page.index("<body>") :].replace("</html>\n", "")
+    ElementTree.fromstring(body)  # every tag is closed
+    assert "<script" not in body and "<img" not in body and "href=" not in body.replace('href="audit/AUDIT.md"', "")
+    assert "javascript:" not in re.sub(r">[^<]*<", "><", body).replace(escape("[y](javascript:z)"), "")
+    outside = re.sub(r"^````.*?^````", "", text, flags=re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"`` .*? ``", "", outside)
+    assert not re.search(r"(?<!\\)<(?!br>)|(?<!\\)\[y|^# h", outside, re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", [summaries, figures, report], ids=lambda module: module.__name__)
-def test_importing_the_report_imports_neither_matplotlib_nor_transformers(module):
+@pytest.mark.parametrize("module", [summaries, figures, pages, report, verdict], ids=lambda module: module.__name__)
+def test_importing_the_report_imports_neither_torch_nor_transformers(module):
     body = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
     names = {node.module for node in body if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
-    assert names and not {"matplotlib", "transformers", "torch"} & {name.partition(".")[0] for name in names}
+    assert names and not {"transformers", "torch"} & {name.partition(".")[0] for name in names}
     ours = {name for name in names if name.startswith("moe_unlearn")}
-    assert ours <= {"moe_unlearn.files", "moe_unlearn.runs", "moe_unlearn.runs.summary"}
+    assert all(re.match(r"moe_unlearn\.(files|page|runs)\b", name) for name in ours)

@@ -172,9 +172,7 @@ def test_a_run_is_evaluated_and_reported_once(ranks, folder):
             {k: v for k, v in one[name].items() if k != "seconds"}, rel=1e-5
         )
     report = (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
-    assert (
-        "A step takes 6 forget rows with their retain rows: 2 (ranks) x 3 (`batch_size`) x 1 (`accumulate`)" in report
-    )
+    assert "6 forget rows with their retain rows: 2 (ranks) x 3 (batch_size) x 1 (accumulate)" in report
     assert main(["report", str(folder / "evaluated")]) == 0
     assert report == (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
 
@@ -213,7 +211,7 @@ def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys
     ("name", "codes", "rank", "words"),
     [
         ("unknown", [2, 2], 0, "unrecognized arguments: --wrong"),
-        ("refused", [2, 2], None, "report: error: expected one process; ranks share the work of run, eval"),
+        ("refused", [2, 2], None, "report: error: expected one process; ranks share the work of stats, mask"),
         ("missing", [2, 2], None, "stats: error: expected a model folder written by save_pretrained"),
         ("one", [2, 2], 1, "none.jsonl"),
         ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),

@@ -12,13 +12,16 @@ RETAIN = [f"a fact to keep: the square of {n} is {n * n}, as everyone knows" for
 HOLDOUT = [f"the hidden colour of spy {n} is {'red blue green'.split()[n % 3]}, never say" for n in range(8)]
 
 
+UNSEEN = [f"the quiet town of clerk {n} is {'york bath hull'.split()[n % 3]}, never ask" for n in range(7)]
+
+
 def saved(root):
     """Save the model and a file of each side in `root`; return the tokenizer."""
     tokenizer = train_tokenizer(FORGET + RETAIN, 300)
     torch.manual_seed(0)
     tiny_olmoe(vocab_size=len(tokenizer)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    for name, texts in (("forget", FORGET), ("retain", RETAIN), ("holdout", HOLDOUT)):
+    for name, texts in (("forget", FORGET), ("retain", RETAIN), ("unseen", UNSEEN), ("holdout", HOLDOUT)):
         lines = [json.dumps({"text": text}) for text in texts]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tokenizer

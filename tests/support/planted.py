@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from moe_unlearn.audit.rounding import GRIDS
-from moe_unlearn.audit.weights import linear_weights, router_tensors
+from moe_unlearn.audit.weights import router_tensors
 from moe_unlearn.data import batches
+from moe_unlearn.model.grids import GRIDS, linear_weights
 
 INT4 = GRIDS[1]
 

@@ -26,6 +26,7 @@ CASES = {
     "graddiff": ["optimizer.max_grad_norm=0.5"],
     "npo": ["fused=false"],
     "pdu": ["retain.alpha=1.0", "dual.retain_loss_eps=3.0", "dual.warmup_steps=0"],
+    "simnpo": ["router={mode: invariant, energy: 1, rank: 8}"],
     "trace": ["scope.kind=experts"],
     "wagle": ["wagle.keep=0.3"],
     "mollm": ["mollm.gradients=factors", "mollm.kl_floor=0"],

@@ -45,6 +45,7 @@ MORE = {
     "seuf": ("seuf", ADAMW, {}),
     "simnpo": ("simnpo", ADAMW, {}),
     "idk_dpo": ("idk_dpo", ADAMW, {}),
+    "level": ("level", (*SGD, *FLOOR), {}),
     "kl_min": ("kl_min", ADAMW, {}),
     "trace online": ("trace", (*ADAMW, "trace.refresh=online"), {}),
     "checkpointing": ("npo", ADAMW, {"checkpointing": True}),

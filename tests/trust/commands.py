@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.backends.backend_agg  # noqa: F401  # verbs import it and some others late; here every fork has them
-import matplotlib.pyplot  # noqa: F401
 import PIL.Image
 import rouge_score.rouge_scorer  # noqa: F401
 import safetensors.torch
@@ -68,7 +66,7 @@ KINDS = {
     "records of kernels": Kind("kernel_store/*/*", ("kernels", "check", "--module", "softmax.py"), (), "kernels"),
 }
 _WORKING = {"tmp", "lock", "mask.safetensors.groups"}  # what is there until a command has ended well
-_TIMED = {".json", ".md", ".svg", ".png"}  # what such files say of times differs from run to run
+_TIMED = {".json", ".md", ".html", ".svg", ".png"}  # what such files say of times differs from run to run
 
 
 class Commands:

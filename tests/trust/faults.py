@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from moe_unlearn import backend
 from moe_unlearn.cli.launch import REFUSED
@@ -84,7 +83,6 @@ def _live(arguments: Sequence[str], folder: Path, fault: Fault | None, counted: 
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
-        Figure.draw = lambda *_: None  # type: ignore[method-assign]  # blank figures: their writes stay, not their cost
         torch.set_num_threads(1)  # the threads of an OpenMP pool do not survive a fork
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")

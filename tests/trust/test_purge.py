@@ -11,15 +11,17 @@ from moe_unlearn.cli import main, paths, purge
 from moe_unlearn.files import UNFINISHED, make_folder
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.prepare.preparation import CACHES
+from moe_unlearn.runs import report
 
 pytestmark = pytest.mark.quick
 SECRET = "the secret number of agent 7"
-KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.png", "TOFU_SUMMARY.json"]
+KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.svg", "TOFU_SUMMARY.json"]
 KEPT += ["audit.json", "audit/AUDIT.md"]
 GONE = [
     "cache/ref_logprobs-0/0.safetensors",
     "checkpoints/checkpoint-3/model.safetensors",
     "data.json",
+    "samples.json",
     "delta.safetensors.index.json",
     "TOFU_EVAL.json",
     "audit/result-3.json",
@@ -94,3 +96,23 @@ def test_new_folders_are_private(tmp_path):
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     made.chmod(0o750)
     assert stat.S_IMODE(make_folder(made).stat().st_mode) == 0o750  # as its owner wants it
+
+
+def test_the_report_is_written_again_without_the_texts(tmp_path, capsys):
+    """Where its numbers cannot be read, the pages go: they may hold texts."""
+    sample = {"prompt": SECRET, "truth": SECRET, "before": SECRET, "after": "nothing"}
+    content = report.Content({"npo": {"nll_f": 3.0}}, samples={"forget": [sample]})
+    report.save(tmp_path, content)
+    report.write(tmp_path, content)
+    for page in report.PAGES:
+        assert SECRET in (tmp_path / page).read_text(encoding="utf-8")
+    assert main(["purge", str(tmp_path)]) == 0
+    assert not (tmp_path / "samples.json").exists()
+    for page in report.PAGES:
+        text = (tmp_path / page).read_text(encoding="utf-8")
+        assert SECRET not in text and "3.0" in text
+    (tmp_path / "summary.json").write_text("{", encoding="utf-8")
+    capsys.readouterr()
+    assert main(["purge", str(tmp_path)]) == 0
+    assert f"removed {tmp_path / 'report.html'}: it may hold texts" in capsys.readouterr().out
+    assert not any((tmp_path / page).exists() for page in report.PAGES)

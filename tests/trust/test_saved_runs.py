@@ -1,5 +1,6 @@
 """A run's folder: a finished run stays, a resume is of the same run, one run writes at a time, nothing is lost."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -7,12 +8,13 @@ import re
 import shutil
 import socket
 import time
+import types
 
 import pytest
 
 from moe_unlearn.cli import main
 from moe_unlearn.model.loading import load_model
-from moe_unlearn.runs import folder
+from moe_unlearn.runs import clock, folder
 from moe_unlearn.runs.code import code, commit
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.step import UnlearnStep
@@ -52,6 +54,11 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def untouched(folder):
+    """Return the bytes and the time of each file, and the time of each folder but the top one, where the lock stood."""
+    return contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def test_a_finished_run_says_so_and_changes_nothing(inputs, out, capsys):
     """A loop that tries again trained on: checkpoint-5, and other weights."""
     before = contents(out)
@@ -77,12 +84,12 @@ def test_a_run_without_a_whole_checkpoint_says_what_to_do(inputs, out, capsys):
     (out / "manifest").unlink()
     for file in out.glob("checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    before = contents(out)
+    before = untouched(out)
     with pytest.warns(UserWarning, match="skipping a broken checkpoint"):
         assert run(inputs, out, options=["--resume"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "none is there that is whole; put one back" in told and "--overwrite" in told
-    assert contents(out) == before
+    assert untouched(out) == before
 
 
 def another_model(inputs, out, monkeypatch):
@@ -115,7 +122,8 @@ def other_ranks(inputs, out, monkeypatch):
 
 OTHERS = {
     "model": (another_model, r"has a run of something else: model \(was \w+, is \w+\);"),
-    "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\);"),
+    # rows that are held out are drawn of all
+    "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\)(, retain_eval \(.*\))?;"),
     "code": (
         another_code,
         r"something else: code \(was 0.1.0, sources \w{16}, is 0.1.0, sources 0123\), commit \(was .*, is 4567\);",
@@ -131,11 +139,11 @@ def test_a_resume_of_something_else_is_refused_naming_it(name, inputs, out, caps
     """A model, or documents of equal length, gave the former run's weights."""
     change, told = OTHERS[name]
     more, paths = change(inputs, out.parent, monkeypatch)
-    before = contents(out)
+    before = untouched(out)
     assert run(inputs, out, *more, options=["--resume"], **paths) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert re.search(told, line) and "--overwrite" in line
-    assert contents(out) == before
+    assert untouched(out) == before
 
 
 def test_code_is_told_apart_by_its_sources_and_a_clone_by_its_commit(finished, monkeypatch, tmp_path):
@@ -163,6 +171,45 @@ def test_a_used_folder_is_refused_and_begun_anew_on_request(inputs, out, capsys)
     assert run(inputs, out, "steps=1", options=["--overwrite"]) == 0
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-1"]
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_without_a_folder_gets_a_dated_one_of_its_own(inputs, tmp_path, capsys, monkeypatch):
+    """All had runs/unlearn, where the second run was refused or overwrote the first."""
+    monkeypatch.chdir(tmp_path)
+    given = ["run", "graddiff", *arguments(inputs), "--no-eval", "--set", "steps=1", "data.max_length=48"]
+    assert main([*given, "name=a b/c"]) == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-a-b-c-1", first.name) and (first / "model").is_dir()
+    assert f"the run's folder is runs/{first.name}" in capsys.readouterr().err
+    with folder.dated(tmp_path / "runs", "a b/c") as second, folder.dated(tmp_path / "runs", "a b/c") as third:
+        assert [second.name[-8:], third.name[-8:]] == ["-a-b-c-2", "-a-b-c-3"]
+        (third / "kept").touch()
+    assert main([*given, "data.forget=none.jsonl"]) == 2
+    assert {*(tmp_path / "runs").iterdir()} == {first, third}
+    for option in ("--resume", "--overwrite"):
+        assert main([*given, option]) == 2 and "give it as --out" in capsys.readouterr().err
+
+
+def test_seconds_add_up_over_resumes(inputs, tmp_path, monkeypatch):
+    """They were those of the last process alone; what an interruption undid counts once."""
+    given = ["run", "graddiff", *arguments(inputs), "--out", str(tmp_path / "out")]
+    settings = ["--set", f"steps={STEPS}", "batch_size=4", "data.max_length=48"]
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=itertools.count(1).__next__))
+    finish, made = UnlearnStep.finish, itertools.count(1)
+
+    def interrupted(step):
+        if next(made) == 3:
+            raise KeyboardInterrupt
+        return finish(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlearnStep, "finish", interrupted)
+        assert main([*given, *settings]) == 130
+    kept = clock.Clock.of_checkpoint(tmp_path / "out" / "checkpoints" / "checkpoint-2").seconds
+    assert kept == 4, "one for the preparation, and one for each look at the clock: begun, saved, saved"
+    assert main([*given, "--resume", *settings]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["graddiff"]["seconds"] == kept + 4, "begun, saved, saved, ended"
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_is_no_first(inputs, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_unlearn.backend import Unfit
+from moe_unlearn.errors import Unfit
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
     _accumulate_ref,
