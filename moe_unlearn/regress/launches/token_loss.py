@@ -2,7 +2,9 @@
 
 import torch
 
-from moe_unlearn.triton_kernels.token_loss import token_loss, token_loss_backward
+from moe_unlearn.triton_kernels.token_loss import token_loss
+from moe_unlearn.triton_kernels.token_loss_backward import token_loss_backward
+from moe_unlearn.triton_kernels.token_loss_kept import token_loss_kept
 
 QWEN3, OLMOE = (151_936, 2048), (50_304, 2048)
 
@@ -18,6 +20,7 @@ def _both(
     weights: bool = True,
     own_head: bool = False,
     transposed: bool = False,
+    keeps: bool = False,
     scale_and_softcap: tuple[float, float | None] = (1.0, None),
 ) -> None:
     vocabulary, width = shape
@@ -28,8 +31,12 @@ def _both(
     column = torch.empty(vocabulary, dtype=dtype) if bias else None
     arguments = hidden, head, labels, column, token_weights, *reference
     options = kind, *scale_and_softcap, True, None
-    _, value, norm, ref_norm = token_loss(*arguments, *options)
-    token_loss_backward(torch.empty(tokens), *arguments, value, norm, ref_norm, *options, True, trained_head, bias)
+    if keeps:
+        _, *softmax, direction = token_loss_kept(*arguments, *options, True, trained_head)[:5]
+    else:
+        (_, *softmax), direction = token_loss(*arguments, *options), None
+    needs = True, trained_head, bias and trained_head
+    token_loss_backward(torch.empty(tokens), *arguments, *softmax, *options, *needs, direction)
 
 
 CASES = {
@@ -41,6 +48,12 @@ CASES = {
     "nll, bias": lambda: _both("nll", OLMOE, trained_head=True, bias=True),
     "nll, few rows": lambda: _both("nll", OLMOE, tokens=64),
     "nll, head transposed": lambda: _both("nll", OLMOE, transposed=True),
+    "nll, kept, qwen3": lambda: _both("nll", keeps=True),
+    "nll, kept, bias and head trained": lambda: _both("nll", OLMOE, trained_head=True, bias=True, keeps=True),
+    "uce, kept, softcap": lambda: _both("uce", scale_and_softcap=(0.5, 30.0), keeps=True),
+    "nll, kept, few rows": lambda: _both("nll", OLMOE, tokens=64, keeps=True),
+    "nll, kept, head transposed": lambda: _both("nll", OLMOE, transposed=True, keeps=True),
+    "nll, kept, fp32": lambda: _both("nll", OLMOE, tokens=2048, dtype=torch.float32, keeps=True),
     "nll, fp16": lambda: _both("nll", OLMOE, dtype=torch.float16, trained_head=True),
     "nll, fp32": lambda: _both("nll", OLMOE, tokens=2048, dtype=torch.float32, trained_head=True),
     "kl, fp32": lambda: _both("kl", OLMOE, tokens=2048, dtype=torch.float32),
