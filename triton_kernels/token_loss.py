@@ -147,10 +147,23 @@ def merge(loss: Loss, rows: Rows, config: configs.TokenLoss, partials: Tensor, f
     """Fold `partials` into the results of their rows, from `first` on; rows that do not count come with the first."""
     (_, splits, span), (labels, weights), num_rows = partials.shape, (loss.labels, loss.weights), len(rows.slot)
     _merge_kernel[(triton.cdiv(num_rows, config.merge_rows),)](
-        partials, rows.slot, labels, weights, *results, num_rows, first, span, splits, labels.stride(0),
+        partials,
+        rows.slot,
+        labels,
+        weights,
+        *results,
+        num_rows,
+        first,
+        span,
+        splits,
+        labels.stride(0),
         0 if weights is None else weights.stride(0),
-        KIND=loss.kind, VOCABULARY=len(loss.head), ROWS=config.merge_rows, SPLITS=config.merge_splits, num_warps=4,
-    )  # fmt: skip
+        KIND=loss.kind,
+        VOCABULARY=len(loss.head),
+        ROWS=config.merge_rows,
+        SPLITS=config.merge_splits,
+        num_warps=4,
+    )
 
 
 @triton.jit
@@ -168,9 +181,19 @@ def base_of(offset, peak):
 
 @triton.jit
 def _fold_tile(
-    z, label, base, exponentials, row, column, stride_exponentials,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+    z,
+    label,
+    base,
+    exponentials,
+    row,
+    column,
+    stride_exponentials,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """Compute (m, sums of exp(z - m), logits of labels) of a tile, m its maxima; store its exponentials, if kept."""
     # m is kept finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
     m = tl.maximum(tl.max(z, 1), LOWEST)
@@ -238,9 +261,19 @@ def _partials_kernel(
         )  # fmt: skip
         if ref_hidden is None:
             tile_m, tile_s, tile_picked = _fold_tile(
-                z, label, base, exponentials, row_tile * ROWS, column, stride_exponentials,
-                SOFTCAP, ROWS, COLUMNS, SLICES, DESCRIPTORS,
-            )  # fmt: skip
+                z,
+                label,
+                base,
+                exponentials,
+                row_tile * ROWS,
+                column,
+                stride_exponentials,
+                SOFTCAP,
+                ROWS,
+                COLUMNS,
+                SLICES,
+                DESCRIPTORS,
+            )
             picked += tile_picked
             m, s, _ = _fold(m, s, tile_m, tile_s)
         else:
@@ -271,10 +304,25 @@ def _partials_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "first", "span", "splits"])
 def _merge_kernel(
-    partials, slots, labels, weights, loss, value, norm, ref_norm, num_rows, first, span, splits, stride_label,
+    partials,
+    slots,
+    labels,
+    weights,
+    loss,
+    value,
+    norm,
+    ref_norm,
+    num_rows,
+    first,
+    span,
+    splits,
+    stride_label,
     stride_weight,
-    KIND: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    KIND: tl.constexpr,
+    VOCABULARY: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """Compute loss, l and the normalisers of those of a block of rows that partials are of.
 
     Those of the first slots also write zeros in rows that do not count.

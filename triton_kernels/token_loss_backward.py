@@ -330,9 +330,17 @@ def _hidden_sums_kernel(
 
 @triton.jit
 def sum_of_splits(
-    sums, slot, column, row_tiles, splits, mask, HIDDEN: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    sums,
+    slot,
+    column,
+    row_tiles,
+    splits,
+    mask,
+    HIDDEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the sums of rows `slot` over the splits, in order; zeros where `mask` is not set."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for split in range(0, splits):

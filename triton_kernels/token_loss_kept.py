@@ -70,10 +70,21 @@ def _room(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def token_loss_kept(
-    hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: None, ref_head: None, kind: str, scale: float, softcap: float | None, drop_zero_weights: bool,
-    chunk_rows: int | None, keep: bool, keep_head: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    ref_hidden: None,
+    ref_head: None,
+    kind: str,
+    scale: float,
+    softcap: float | None,
+    drop_zero_weights: bool,
+    chunk_rows: int | None,
+    keep: bool,
+    keep_head: bool,
+) -> tuple[Tensor, ...]:
     """Compute the results of `token_loss`, then what `room` allocates; the direction is 0 in rows that do not count."""
     direction, *others = _room(hidden)
     num_rows, width = direction.shape
@@ -94,12 +105,33 @@ def token_loss_kept(
         fold(loss, rows, config, partials, first, kept, peaks=results.norm[0])
         add_hidden_sums(exponentials, head, rows, sums, config, config.kept_splits, 0, len(head), first)
         _direction_kernel[(triton.cdiv(num_rows, 16),)](
-            sums, rows.slot, rows.count, labels, head, kept.offset, results.value, results.norm, direction,
-            num_rows, first, span, labels.stride(0), *head.stride(),
-            KIND=kind, VOCABULARY=len(head), HIDDEN=width, SCALE=scale, SOFTCAP=softcap,
-            WIDTH_TILES=triton.cdiv(width, config.grad_hidden.columns), TILE_ROWS=config.grad_hidden.rows,
-            SPLIT_TILES=config.split_tiles, SPLITS=config.kept_splits, ROWS=16, COLUMNS=128, num_warps=4,
-        )  # fmt: skip
+            sums,
+            rows.slot,
+            rows.count,
+            labels,
+            head,
+            kept.offset,
+            results.value,
+            results.norm,
+            direction,
+            num_rows,
+            first,
+            span,
+            labels.stride(0),
+            *head.stride(),
+            KIND=kind,
+            VOCABULARY=len(head),
+            HIDDEN=width,
+            SCALE=scale,
+            SOFTCAP=softcap,
+            WIDTH_TILES=triton.cdiv(width, config.grad_hidden.columns),
+            TILE_ROWS=config.grad_hidden.rows,
+            SPLIT_TILES=config.split_tiles,
+            SPLITS=config.kept_splits,
+            ROWS=16,
+            COLUMNS=128,
+            num_warps=4,
+        )
     return *results, direction, *others
 
 
@@ -108,21 +140,49 @@ def _label_logits(loss: Loss, rows: Rows) -> Tensor:
     head, bias, (num_rows, width) = loss.head, loss.bias, rows.hidden.shape
     offset = torch.empty(num_rows, dtype=torch.float32, device=head.device)
     _offset_kernel[(triton.cdiv(num_rows, 16),)](
-        rows.hidden, head, bias, loss.labels, rows.index, rows.count, offset,
-        rows.hidden.stride(0), *head.stride(), 0 if bias is None else bias.stride(0), loss.labels.stride(0),
-        VOCABULARY=len(head), HIDDEN=width, SCALE=loss.scale, SOFTCAP=loss.softcap,
-        ROWS=16, COLUMNS=128, num_warps=4,
-    )  # fmt: skip
+        rows.hidden,
+        head,
+        bias,
+        loss.labels,
+        rows.index,
+        rows.count,
+        offset,
+        rows.hidden.stride(0),
+        *head.stride(),
+        0 if bias is None else bias.stride(0),
+        loss.labels.stride(0),
+        VOCABULARY=len(head),
+        HIDDEN=width,
+        SCALE=loss.scale,
+        SOFTCAP=loss.softcap,
+        ROWS=16,
+        COLUMNS=128,
+        num_warps=4,
+    )
     return offset
 
 
 @triton.jit
 def _offset_kernel(
-    hidden, head, bias, labels, index, count, offset, stride_hidden_row, stride_head_row, stride_head_column,
-    stride_bias, stride_label,
-    VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+    hidden,
+    head,
+    bias,
+    labels,
+    index,
+    count,
+    offset,
+    stride_hidden_row,
+    stride_head_row,
+    stride_head_column,
+    stride_bias,
+    stride_label,
+    VOCABULARY: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the logit of the label of a block of the rows that count; a label outside the vocabulary counts as 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(count)
@@ -142,12 +202,33 @@ def _offset_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "first", "span"])
 def _direction_kernel(
-    sums, slots, count, labels, head, offset, value, norm, direction, num_rows, first, span,
-    stride_label, stride_head_row, stride_head_column,
-    KIND: tl.constexpr, VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    WIDTH_TILES: tl.constexpr, TILE_ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    sums,
+    slots,
+    count,
+    labels,
+    head,
+    offset,
+    value,
+    norm,
+    direction,
+    num_rows,
+    first,
+    span,
+    stride_label,
+    stride_head_row,
+    stride_head_column,
+    KIND: tl.constexpr,
+    VOCABULARY: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDTH_TILES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Compute dl/dh of nll for those of a block of rows that sums are of; zeros in rows that do not count."""
     counted = tl.maximum(tl.minimum(tl.load(count) - first, span), 1)
     row_tiles, splits = strips(counted, WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
