@@ -134,7 +134,7 @@ def fold(
         operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
         bias, labels, rows.index, rows.count, partials,
         operand(exponentials, block, described), offset, offset if peaks is None else peaks,
-        len(rows.index), first, num_rows, splits, config.tiles_per_split, int(peaks is not None),
+        len(rows.index), first, num_rows, splits, config.tiles_per_split, 0 if peaks is None else 1,
         rows.hidden.stride(0), *head.stride(), *(head if ref_head is None else ref_head).stride(),
         0 if bias is None else bias.stride(0), labels.stride(0), 0 if exponentials is None else exponentials.stride(0),
         VOCABULARY=vocabulary, HIDDEN=width, SCALE=scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns,
