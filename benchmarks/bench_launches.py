@@ -93,12 +93,12 @@ class Operations(TorchDispatchMode):
 
 
 @contextmanager
-def launching(multiprocessors: str = "h200") -> Iterator[Counter[str]]:
+def launching(gpu: str = "h200") -> Iterator[Counter[str]]:
     """Launch Triton's kernels up to the device inside, as for this GPU, and count them."""
     from moe_unlearn.regress import triton_private
     from moe_unlearn.triton_kernels import configs
 
-    target = configs.GPUS[multiprocessors]
+    target = configs.GPUS[gpu]
     with ExitStack() as inside:
         inside.enter_context(backend.recording())
         inside.enter_context(configs.compiling_for(target))

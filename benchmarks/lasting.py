@@ -233,7 +233,7 @@ def _table(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) 
     }
     lines = [f"| run | {' | '.join(columns.values())} | reach the goal |", "|---" * (len(columns) + 2) + "|"]
     for name in sorted(found, key=lambda name: [*tiny_models.MODELS, *LEVERS].index(name)):
-        runs = {str(seed): found[name][str(seed)] for seed in seeds if "privleak" in found[name].get(str(seed), {})}
+        runs = _runs(found, name, seeds)
         if not runs:
             continue
         means = [statistics.fmean(abs(values[key]) for values in runs.values()) for key in columns]
@@ -244,16 +244,25 @@ def _table(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) 
     return "\n".join(lines)
 
 
+def _runs(found: dict[str, dict[str, dict[str, float]]], name: str, seeds: Sequence[int]) -> dict[str, dict]:
+    """Return the lever's runs of these seeds that stand beside a retrained model, by seed."""
+    own = found.get(name, {})
+    return {str(seed): own[str(seed)] for seed in seeds if "privleak" in own.get(str(seed), {})}
+
+
+def _misses(runs: dict[str, dict[str, float]], found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, float]]:
+    """Return how far each run is from each part of the goal."""
+    return [missed(values, found["target"][seed], found["retrain"][seed]) for seed, values in runs.items()]
+
+
 def _nearest(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) -> str:
     """Say which lever misses the fewest parts of the goal over these seeds, and of several the smallest |PrivLeak|."""
     far = {}
     for name in LEVERS:
-        runs = {str(seed): found.get(name, {}).get(str(seed)) for seed in seeds}
-        whole = {seed: values for seed, values in runs.items() if values is not None and "privleak" in values}
-        if len(whole) == len(seeds):
-            misses = [missed(values, found["target"][seed], found["retrain"][seed]) for seed, values in whole.items()]
-            count = sum(value > 0 for each in misses for value in each.values())
-            far[name] = (count, statistics.fmean(abs(values["privleak"]) for values in whole.values()))
+        runs = _runs(found, name, seeds)
+        if len(runs) == len(seeds):
+            count = sum(value > 0 for each in _misses(runs, found) for value in each.values())
+            far[name] = (count, statistics.fmean(abs(values["privleak"]) for values in runs.values()))
     if not far:
         return "No lever has a run of each of these seeds."
     name = min(far, key=far.__getitem__)
@@ -263,7 +272,7 @@ def _nearest(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]
 
 def _reached(runs: dict[str, dict[str, float]], found: dict[str, dict[str, dict[str, float]]]) -> str:
     """Say how many runs reach the goal, and how many miss each part of it."""
-    far = [missed(values, found["target"][seed], found["retrain"][seed]) for seed, values in runs.items()]
+    far = _misses(runs, found)
     misses = [f"{name} {count}" for name in GOAL if (count := sum(each[name] > 0 for each in far))]
     return f"{sum(not any(each.values()) for each in far)} of {len(runs)}" + "".join(f"; {text}" for text in misses)
 

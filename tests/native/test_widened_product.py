@@ -14,6 +14,7 @@ from tests.support.impls import CPU
 pytestmark = pytest.mark.quick
 RELU = ("relu", 1.0, torch.inf, 0.0)
 kernels = torch.ops.moe_unlearn_native
+wide_sets = pytest.mark.parametrize("instruction_set", native.INSTRUCTION_SETS[1:], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +25,6 @@ def widened():
         pytest.skip("this CPU has no AVX2")
     yield
     native.narrow_products("")
-
-
-@pytest.fixture(params=["avx2", "avx512"])
-def instruction_set(request):
-    if native.instruction_set(request.param) != request.param:
-        native.instruction_set("")
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    native.instruction_set("")
 
 
 def normal(*shape, seed=0):
@@ -48,6 +40,7 @@ def in_order(a, b):
 
 
 # M and P around strips of 14 or 6 rows, panels of 32 and groups of 512 columns; rows around blocks of 256 terms
+@wide_sets
 @pytest.mark.parametrize("height, width, rows", [(1, 1, 1), (15, 33, 5), (43, 8, 300), (130, 65, 257), (9, 550, 17)])
 def test_the_gradient_of_a_weight_adds_its_rows_in_order(height, width, rows, instruction_set):
     grad, input = normal(rows + 3, height), normal(rows + 3, width, seed=1)
@@ -97,6 +90,7 @@ def test_a_layer_is_as_accurate_as_the_reference(pattern, layout, bias, instruct
     check(CPU, case(pattern, hidden=70, inner=45, dtype=BF16, bias=bias, **layout))
 
 
+@wide_sets
 @pytest.mark.parametrize("numerics", ["bf16", "bf16 fp32 state stochastic"])
 def test_updates_are_those_of_the_gradient(numerics, instruction_set):
     check_update(CPU, "adamw decay", numerics, factors((250, 70), BF16))
