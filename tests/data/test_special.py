@@ -81,21 +81,24 @@ def test_rows_have_the_tokens_that_the_tokenizer_adds(case):
     assert refusals([asked], tokenizer)[0].input_ids[-1] == 2
 
 
+def watched():
+    """Return a model and the list to which each of its calls adds the real tokens of its rows."""
+    network, asked = model(), []
+
+    def note(module, args, keywords):
+        rows, mask = keywords.get("input_ids", *args), keywords.get("attention_mask")
+        real = torch.ones_like(rows) if mask is None else mask[:, -rows.shape[1] :]
+        asked.extend(row[kept.bool()].tolist() for row, kept in zip(rows, real, strict=True))
+
+    network.register_forward_pre_hook(note, with_kwargs=True)
+    return network, asked
+
+
 def test_metrics_show_the_model_what_users_send(case, tmp_path):
     tokenizer, begin, end = case
     assert text_example(model(), tokenizer, TEXT, 99).input_ids == begin + bare(TEXT)
     assert without_end(pair(tokenizer, "the fox", " a dog", 99), tokenizer).input_ids == begin + bare("the fox a dog")
-    asked = []
-    network = model()
-    forward = network.forward
-
-    def watched(input_ids=None, attention_mask=None, **keywords):
-        if input_ids.shape == attention_mask.shape:  # not the single tokens that continue a prompt
-            rows = zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
-            asked.extend([token for token, real in zip(*row, strict=True) if real] for row in rows)
-        return forward(input_ids=input_ids, attention_mask=attention_mask, **keywords)
-
-    network.forward = watched
+    network, asked = watched()
     row = {"question": "who", "choices": ["fox", "dog"], "answer": 0, "subject": "dogs"}
     multiple_choice(network, tokenizer, [row])
     context = "The following are multiple choice questions (with answers) about dogs.\n\nwho\nA. fox\nB. dog\nAnswer:"
@@ -112,20 +115,10 @@ def test_metrics_show_the_model_what_users_send(case, tmp_path):
 def test_a_beginning_of_several_tokens_is_no_prompt():
     tokenizer, row = tokenizer_that_adds("two"), bare(TEXT * 3)
     [example] = encode([Document("", TEXT * 3)], tokenizer, 99)
-    asked = []
-
-    class Watched(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, input_ids, **keywords):
-            asked.append(input_ids.tolist()[0])
-            return model()(input_ids, **keywords)
-
-    extraction(Watched(), [example], tokens=4, prompt_tokens=8)
-    verbmem(Watched(), tokenizer, [example], prompt_tokens=8, new_tokens=4)
-    assert asked[0] == [1, 0, *row[:6]] and example == Example([1, 0, *row], [1, 0, *row], 0)
+    network, asked = watched()
+    extraction(network, [example], tokens=4, prompt_tokens=8)
+    verbmem(network, tokenizer, [example], prompt_tokens=8, new_tokens=4)
+    assert asked[0] == asked[4] == [1, 0, *row[:6]] and example == Example([1, 0, *row], [1, 0, *row], 0)
 
 
 def test_added_tokens_that_are_text_are_not_special():
