@@ -15,7 +15,7 @@ from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
 from moe_unlearn.runs import report
-from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS, SWEEP
+from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS, SAMPLED, SWEEP
 from moe_unlearn.runs.sweep import Row
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
@@ -27,6 +27,7 @@ REMOVED = {
     "cache": "references: values of the original model on each row, and results of an audit",
     "checkpoints": "states of the run, with masks and references",
     "data.json": "where the documents lie and which were dropped",
+    SAMPLED: "texts that the original model wrote",
     "samples.json": "texts of a few rows, before and after",
     "delta.safetensors.index.json": "the way back to the original model",
     "*.groups": "scores of a mask that was not finished",

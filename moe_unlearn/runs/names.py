@@ -1,6 +1,7 @@
 """Names of what a run and an audit make in their folders."""
 
 FACTS, MANIFEST = "run.json", "manifest"
+SAMPLED = "sampled.json"  # texts of the model's own (`own_texts`)
 CHECKPOINTS, MODEL = "checkpoints", "model"
 #: those of an audit's report
 AUDIT = ("AUDIT.md", "AUDIT.html", "AUDIT.json")
@@ -14,6 +15,7 @@ MADE = (
     "batch.json",
     "loaded.json",
     "data.json",
+    SAMPLED,
     "verified.txt",
     CHECKPOINTS,
     MODEL,

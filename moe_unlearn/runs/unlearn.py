@@ -20,7 +20,7 @@ from moe_unlearn.runs import folder
 from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
 from moe_unlearn.runs.measured import Measured
-from moe_unlearn.runs.own_texts import own_texts
+from moe_unlearn.runs.own_texts import keep, own_texts
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.runs.seen import SAMPLES
 from moe_unlearn.runs.summary import Summary, check_name
@@ -87,7 +87,8 @@ def unlearn(
     known = Before() if known is None else known
     if existing == "refuse":
         on_first(partial(folder.check_unused, out))
-    sets = {**sets, "sampled": own_texts(model, tokenizer, recipe, sets["forget"])}
+    begun = out if existing == "resume" else None
+    sets = {**sets, "sampled": own_texts(model, tokenizer, recipe, sets["forget"], begun)}
     run = Run(model, tokenizer, recipe, sets)
     run.checkpoint_activations()
     make_private(out)
@@ -119,6 +120,7 @@ def unlearn(
         if existing == "overwrite":
             folder.clear(out)
         folder.write_facts(out, facts)
+        keep(out, sets["sampled"])
         if not (resume and (out / "about.json").exists()):
             write_json(out / "about.json", about(known.command, recipe.seed, cost.device))
         _write_settings(out, recipe, ranks, known)

@@ -57,6 +57,19 @@ def test_too_few_texts_are_said_and_taken(made, monkeypatch):
         assert own_texts.own_texts(model, tokenizer, recipe(3), written[:1]) == []
 
 
+def test_a_later_turn_writes_twice_what_is_missing(made, monkeypatch):
+    model, tokenizer, written = made
+    asked, write = [], own_texts.metrics.sampled
+    monkeypatch.setattr(
+        own_texts.metrics,
+        "sampled",
+        lambda model, prompts, *a, **k: asked.append(len(prompts)) or write(model, prompts, *a, **k),
+    )
+    forget = [row for row in written[:40] if len(row.input_ids) > own_texts.SHARED][:2]
+    assert len(own_texts.own_texts(model, tokenizer, recipe(40), forget)) == 40
+    assert asked == [40, 4]
+
+
 def test_a_tokenizer_without_a_first_token_is_refused(made):
     model, tokenizer, written = made
     bare = type("Bare", (), {"bos_token_id": None, "eos_token_id": None})()
@@ -80,6 +93,31 @@ def test_a_run_trains_on_them_and_measures_none(tmp_path, capsys):
     assert paths[0]["graddiff"][0]["retain_loss"] != paths[1]["graddiff"][0]["retain_loss"]
     assert main(["run", "graddiff", *arguments(tmp_path), "--dry-run", "--set", "data.sampled=-1"]) == 2
     assert "data.sampled must be at least 0" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_takes_the_texts_it_has_kept(made, tmp_path, monkeypatch):
+    model, tokenizer, written = made
+    own_texts.keep(tmp_path, written)
+    assert own_texts.own_texts(None, tokenizer, recipe(40), [], tmp_path) == written
+    path = tmp_path / "sampled.json"
+    path.write_bytes(path.read_bytes().replace(b"[", b"[ ", 1))
+    with pytest.warns(UserWarning, match="sampled.json is damaged .*; the model writes the texts again"):
+        assert own_texts.own_texts(model, tokenizer, recipe(40), [], tmp_path) == written
+    assert own_texts.own_texts(None, tokenizer, recipe(0), [], tmp_path) == []
+    own_texts.keep(tmp_path / "none", [])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_resume_writes_no_text_again(tmp_path, capsys, monkeypatch):
+    saved(tmp_path)
+    settings = ("steps=2", "batch_size=3", "data.max_length=48", "data.sampled=5", "retain.objective=kl")
+    line = ["run", "graddiff", *arguments(tmp_path), "--no-eval", "--out", str(tmp_path / "out"), "--set", *settings]
+    assert main(line) == 0
+    kept = (tmp_path / "out" / "sampled.json").read_bytes()
+    monkeypatch.setattr(own_texts.metrics, "sampled", None)
+    capsys.readouterr()
+    assert main([*line, "--resume"]) == 0 and "nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "out" / "sampled.json").read_bytes() == kept
 
 
 def test_a_plan_assumes_them_at_their_longest(tmp_path, capsys):

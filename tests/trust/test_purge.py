@@ -22,6 +22,7 @@ GONE = [
     "cache/ref_logprobs-0/0.safetensors",
     "checkpoints/checkpoint-3/model.safetensors",
     "data.json",
+    "sampled.json",
     "samples.json",
     "delta.safetensors.index.json",
     "TOFU_EVAL.json",
