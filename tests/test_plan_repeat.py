@@ -7,8 +7,8 @@ import torch
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.model.states import decoder_layers
-from moe_unlearn.plan import Mesh, Plan, knobs
-from moe_unlearn.plan.repeat import NotRepeated, depths, peaks
+from moe_unlearn.plan import Mesh, Plan, knobs, rehearse
+from moe_unlearn.plan.repeat import NotRepeated, depths, extended, peaks
 from moe_unlearn.step import UnlearnStep
 from tests.support.models import TINY_MODELS
 
@@ -34,6 +34,12 @@ def test_the_peak_of_any_depth_follows_from_two(count):
     found = peaks(layered(2), layered(3), count - 2)
     assert sum(found[0].values()) == most
     assert found == ({name: size for name, size in memory.items() if size}, largest)
+
+
+@pytest.mark.quick
+def test_a_step_of_many_micro_batches_is_repeated():
+    low, high, deep = (layered(count) * 50 for count in (2, 3, 7))
+    assert peaks(low, high, 5) == peaks(deep, deep, 1)
 
 
 @pytest.mark.quick
@@ -69,19 +75,25 @@ CASES = [
     ("qwen3_moe", 6, "trace", "fsdp=4,ep=2"),
     pytest.param("gpt_oss", 8, "kl_min", None, marks=pytest.mark.nightly),
     pytest.param("olmoe", 6, "mollm", None, marks=pytest.mark.nightly),
+    pytest.param("olmoe", 6, "mollm batch_size=1 accumulate=8", None, marks=pytest.mark.nightly),
     pytest.param("mixtral", 7, "graddiff", "fsdp=4", marks=pytest.mark.nightly),
 ]
 
 
 @pytest.mark.parametrize(("family", "layers", "name", "mesh"), CASES)
 @pytest.mark.slow(but=1)
-def test_a_plan_from_shallow_models_is_that_of_the_whole(family, layers, name, mesh):
-    recipe = Recipe.load(name, ["batch_size=2", "data.max_length=16"])
+def test_a_plan_from_shallow_models_is_that_of_the_whole(family, layers, name, mesh, monkeypatch):
+    name, *overrides = name.split()
+    recipe = Recipe.load(name, ["batch_size=2", "data.max_length=16", *overrides])
     step = UnlearnStep(tiny(family, layers), recipe)
     counts = depths(step.model, recipe, None if mesh is None else Mesh.parse(mesh))
     assert counts[1] < layers
     shallow = [UnlearnStep(tiny(family, count), recipe) for count in counts]
-    whole, made = step.plan(mesh=mesh), step.plan(mesh=mesh, shallow=shallow)
+    whole = step.plan(mesh=mesh)
+    repeated = []
+    monkeypatch.setattr(rehearse, "extended", lambda *given: repeated.append(extended(*given)) or repeated[0])
+    made = step.plan(mesh=mesh, shallow=shallow)
+    assert repeated  # else the whole was rehearsed again
     for field in ("memory", "largest", "flops", "bytes", "traffic", "paths", "trained"):
         assert getattr(made, field) == getattr(whole, field), field
 

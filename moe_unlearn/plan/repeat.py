@@ -21,7 +21,7 @@ from moe_unlearn.plan.mesh import Mesh
 
 _SMALL = 4096  # bytes below which sizes may differ, such as those of a number for each layer
 _MOST_KINDS = 4  # of layers in turn
-_MOST_BLOCKS = 64  # that are inserted in a timeline
+_MOST_BLOCKS = 1024  # that are inserted in a timeline; two steps of eight micro-batches with MOLLM have some 216
 
 
 class NotRepeated(ValueError):
