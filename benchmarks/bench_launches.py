@@ -52,7 +52,8 @@ class Layer:
             None,
             None,
         )
-        self.index = torch.arange(tokens * geometry.top_k).view(tokens, geometry.top_k) % experts
+        #: the experts of each token, a few of which get none of it
+        self.index = torch.arange(tokens * geometry.top_k).view(tokens, geometry.top_k) % (experts - 3)
         self.group = torch.arange(tokens) % 2
         self.x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
         self.scores = torch.full((tokens, geometry.top_k), 0.1, requires_grad=True)
@@ -93,8 +94,8 @@ class Operations(TorchDispatchMode):
 
 
 @contextmanager
-def launching(gpu: str = "h200") -> Iterator[Counter[str]]:
-    """Launch Triton's kernels up to the device inside, as for this GPU, and count them."""
+def launching(gpu: str = "h200") -> Iterator[list[Any]]:
+    """Launch Triton's kernels up to the device inside, as for this GPU, and list them (`triton_private.Stub`)."""
     from moe_unlearn.regress import triton_private
     from moe_unlearn.triton_kernels import configs
 
@@ -117,9 +118,24 @@ def counted(layer: Layer) -> dict[str, dict[str, int]]:
             operations = Operations()
             with operations:
                 out = act() if act is not None else layer.backward(out)
-            found[name] = dict(kernels)
+            found[name] = dict(Counter(launch.kernel for launch in kernels))
             found[f"{name}, torch"] = dict(operations.counts)
     return found
+
+
+def is_fixed(layer: Layer) -> bool:
+    """Return whether a round launches the same kernels on the same grids wherever its tokens go.
+
+    Then it may be captured in a CUDA graph, and no choice of experts compiles a kernel anew.
+    """
+    rounds = []
+    with launching() as kernels:
+        for index in (layer.index, torch.arange(layer.index.shape[1]).expand_as(layer.index).contiguous()):
+            layer.index = index
+            kernels.clear()
+            layer.backward(layer.forward())
+            rounds.append([*kernels])
+    return rounds[0] == rounds[1]
 
 
 def timed(layer: Layer, rounds: int) -> dict[str, list[float]]:
@@ -160,10 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.profile:
         profiled(layer, lambda: [layer.backward(layer.forward()) for _ in range(options.rounds)] and None)
         return
-    counts, times = counted(layer), timed(layer, options.rounds)
+    counts, times, fixed = counted(layer), timed(layer, options.rounds), is_fixed(layer)
     least = {name: min(own) for name, own in times.items()}
     if options.json:
-        print(json.dumps({"counts": counts, "least": least}))
+        print(json.dumps({"counts": counts, "least": least, "fixed": fixed}))
         return
     for name, own in times.items():
         kernels, operations = counts[name], counts[f"{name}, torch"]
@@ -172,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{sum(kernels.values())} of Triton's, {sum(operations.values())} of torch's"
         )
         print("         ", ", ".join(f"{count} {kernel}" for kernel, count in (kernels | operations).items()))
+    print(f"the launches are {'the same' if fixed else 'others'} where all tokens have the same experts")
     print(f"a layer   {sum(least.values()):.3f} ms at least (goal {GOAL:g}); no kernel ran")
 
 

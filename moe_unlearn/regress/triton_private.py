@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,10 +118,18 @@ def recorded(launches: Callable[[], object], arch: int) -> list[Launch]:
     return list(found.values())
 
 
+class Stub(NamedTuple):
+    """One launch that ended where the device would begin: the kernel, what it was compiled for, and its grid."""
+
+    kernel: str
+    key: str
+    grid: tuple[int, ...]
+
+
 @contextlib.contextmanager
-def stubbed(arch: int) -> Iterator[Counter[str]]:
-    """Run Triton's own code for each launch inside, but nothing on a device; count the launches by kernel."""
-    counts: Counter[str] = Counter()
+def stubbed(arch: int) -> Iterator[list[Stub]]:
+    """Run Triton's own code for each launch inside, but nothing on a device; list the launches in their order."""
+    launches: list[Stub] = []
     touched: list[JITFunction] = []
 
     def keep(
@@ -130,8 +137,8 @@ def stubbed(arch: int) -> Iterator[Counter[str]]:
     ) -> Any:
         name = kernel.fn.__name__
 
-        def run(*_: Any) -> None:
-            counts[name] += 1
+        def run(*given: Any) -> None:
+            launches.append(Stub(name, str(key), given[:3]))
 
         made = SimpleNamespace(run=run, function=0, packed_metadata=(), launch_metadata=lambda *_: None)
         touched.append(kernel)
@@ -141,7 +148,7 @@ def stubbed(arch: int) -> Iterator[Counter[str]]:
     original, JITFunction._do_compile = JITFunction._do_compile, keep
     before, driver._active = driver._active, _Target(arch)
     try:
-        yield counts
+        yield launches
     finally:
         JITFunction._do_compile, driver._active = original, before
         for kernel in touched:
