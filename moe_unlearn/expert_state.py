@@ -51,9 +51,20 @@ def not_computable(weight: Tensor) -> str:
     """Return why `expert_mlp` cannot take this weight; empty if it can."""
     if weight.dtype not in _DTYPES:
         return f"its weights are {weight.dtype}"
-    if hasattr(weight, "__tensor_flatten__"):
+    if hasattr(weight, "__tensor_flatten__") and not is_quantised(weight):
         return f"its weights are {type(weight).__name__}"
     return ""
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Return whether a weight is codes that its own class makes a rounded weight of."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight as it is, or the rounded weight, made anew, where it is quantised."""
+    made: Tensor = weight.dequantize() if is_quantised(weight) else weight
+    return made
 
 
 def probe(module: Any) -> State:

@@ -27,7 +27,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_unlearn.expert_adapters import Aside
-from moe_unlearn.expert_state import State, StepInputs, not_computable, probe
+from moe_unlearn.expert_state import State, StepInputs, not_computable, probe, whole
 from moe_unlearn.ops.expert_mlp import expert_mlp
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights
 from moe_unlearn.ops.low_rank import LowRank, is_grouped, low_rank_mlp
@@ -45,8 +45,15 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     Experts modules are those that transformers decorates: they carry its layout flags. Wrappers around them (PEFT)
     do not count.
     """
+    return {name: module for name, module in model.named_modules() if weights_of(module)}
+
+
+def weights_of(module: Any) -> tuple[str, ...]:
+    """Return the names of an experts module's two weights [E, ...]; empty for any other module."""
     flags = {"is_transposed", "is_concatenated", "has_gate"}
-    return {name: module for name, module in model.named_modules() if flags <= vars(module).keys()}
+    if not flags <= vars(module).keys():
+        return ()
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
 def is_parallel(module: nn.Module) -> bool:
@@ -85,7 +92,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     biases: tuple[Tensor | None, Tensor | None] = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
-    operands = ExpertWeights(up, self.down_proj, *biases)
+    operands = ExpertWeights(whole(up), whole(self.down_proj), *biases)
     layout = _layout(self, state)
     if state.low_rank:
         changes = [state.low_rank.get(name) for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")]

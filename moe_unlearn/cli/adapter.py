@@ -5,6 +5,7 @@ import dataclasses
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.model.adapters import check_peft
+from moe_unlearn.model.loading import Loading, is_adapter, stored_as
 from moe_unlearn.plan import Mesh
 
 
@@ -15,6 +16,30 @@ def overrides(options: argparse.Namespace) -> list[str]:
         if not all(part.partition("=")):
             raise ValueError(f"--adapter: expected KEY=VALUE,..., such as r=8,targets=attention; got {part!r}")
     return [f"adapter.{part.strip()}" for part in given]
+
+
+def rounding(recipe: Recipe, how: Loading, *, planned: bool) -> Loading:
+    """Return how the model of a recipe is loaded, with the recipe's bits unless it is planned alone.
+
+    Raises ValueError, before any weight is read, without the library that rounds, for a model whose weights are
+    quantised already and that no adapter trains on, and for one that an adapter is to be merged into.
+    """
+    own, source = recipe.adapter, recipe.data.model
+    assert source is not None
+    if method := stored_as(source):
+        if own is None and not is_adapter(source):
+            raise ValueError(
+                f"the weights of {source} are quantised ({method}) and cannot be moved: give --adapter r=8, which "
+                "trains beside them, or a model whose weights are whole"
+            )
+        if own is not None and own.merge:
+            raise ValueError(
+                f"--merge adds an adapter to whole weights, and those of {source} are quantised ({method}): leave it "
+                "out, and merge the adapter into the model that is not"
+            )
+    if own is None or own.bits is None or planned:
+        return how
+    return dataclasses.replace(how, bits=own.bits)
 
 
 def chosen(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Recipe:

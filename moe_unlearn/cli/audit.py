@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     writable(out, folder=True)
     for folder in filter(None, (options.model, options.before, options.reference)):
-        loading.located(folder)  # they are loaded one after the other, long after this
+        loading.check_whole(folder, "an audit")  # they are loaded one after the other, long after this
     tokenizer = loading.load_tokenizer(options.model, how)
     sets: dict[str, Any] = sets_of(options, tokenizer, ("forget", "retain", "holdout"))
     trained = trained_on(options, tokenizer)

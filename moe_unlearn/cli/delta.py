@@ -22,6 +22,8 @@ def write(options: argparse.Namespace) -> None:
     writable(options.out)
     recipe = None if options.recipe is None else _sha256(Path(options.recipe).read_bytes())
     base, changed = map(loading.folder_of, (options.base, options.changed))
+    for folder in (base, changed):
+        loading.check_whole(folder, "a delta")
     _print_written(delta.write(base, changed, options.out, recipe=recipe))
 
 

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
         return
     how = loading_of(options)
     writable(options.out)
+    loading.check_whole(options.model, "a mask")
     model, tokenizer = loading.load_model(options.model, how)
     require_moe(model)
     with enable(model):

@@ -138,7 +138,8 @@ def run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--adapter",
         metavar="r=N,targets=attention",
-        help="train LoRA adapters alone: the keys of the recipe's section adapter, r, alpha, targets and dropout",
+        help="train LoRA adapters alone: the keys of the recipe's section adapter, r, alpha, targets, dropout and "
+        "bits (8 or 4: the frozen weights are rounded when they are loaded)",
     )
     sub.add_argument("--merge", action="store_true", help="save whole weights with the adapter added to them")
     add_loading(sub)

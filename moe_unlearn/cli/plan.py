@@ -22,7 +22,7 @@ from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.amounts import amount
 from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan, work_plan
 from moe_unlearn.runs.planning import SIZES, plan_of_config
-from moe_unlearn.runs.run import SIDES, Run, held
+from moe_unlearn.runs.run import CHECKPOINTED, SIDES, Run, held
 from moe_unlearn.step import UnlearnStep
 
 _LONGEST = 128  # texts of a set with which an evaluation is planned: the largest batch of any metric
@@ -41,19 +41,21 @@ def of_config(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) ->
 def of_mesh(
     options: argparse.Namespace,
     recipe: Recipe,
-    mesh: Mesh,
+    mesh: Mesh | None,
     tokenizer: Tokenizer,
     sets: Mapping[str, Sequence[data.Example]],
 ) -> Plan:
-    """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
+    """Plan for ranks that share out the weights of `--model`, or for rounded ones; its config alone is read."""
     assert recipe.data.model is not None
     forget, retain = sets["forget"], held(recipe, sets)
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
     collator = pair_collator(recipe, tokenizer, forget, None, sets.get("unseen"))
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]
-    fits = options.fits or SIZES
+    fits = options.fits or (() if mesh is None else SIZES)
     made = plan_of_config(recipe.data.model, recipe, *batches, mesh=mesh, fits=fits, dtype=options.dtype)
     made.notes.append("planned from the model's config: experts and masks are assumed at their largest")
+    if recipe.recomputes:
+        made.notes.append(CHECKPOINTED)
     return made
 
 

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
             on_first(lambda: held.enter_context(locked(Path(options.out))))
             if not (options.resume or options.overwrite):
                 on_first(partial(check_unused, Path(options.out)))
-        _run(options, recipe, how, mesh, base, new=new)
+        _run(options, recipe, adapter.rounding(recipe, how, planned=options.dry_run), mesh, base, new=new)
 
 
 def _run(
@@ -99,7 +99,7 @@ def _run(
     retrain = None
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
-    if options.dry_run and mesh is not None:
+    if options.dry_run and (mesh is not None or (recipe.adapter is not None and recipe.adapter.bits is not None)):
         plan.show(options, plan.of_mesh(options, recipe, mesh, tokenizer, sets))
         return
     model, _ = loading.load_model(recipe.data.model, how)

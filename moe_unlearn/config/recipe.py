@@ -289,7 +289,7 @@ class Recipe:
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
     survive: str | None = None  # the grid that deployment rounds to: int8, int4 or nf4; null: weights stay as trained
-    checkpointing: str = "auto"  # whether layers' activations are computed anew; auto: if a step does not fit the GPU
+    checkpointing: str = "auto"  # whether activations are computed anew; auto: with rounded weights or a small GPU
     seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
     def __post_init__(self) -> None:
@@ -341,6 +341,11 @@ class Recipe:
                 f"adapter trains adapters alone, and scope.kind {self.scope.kind!r} weights under them: adapter=null, "
                 "or scope.kind=all"
             )
+        if self.adapter is not None and self.adapter.bits is not None and self.wagle is not None:
+            raise ValueError(
+                f"wagle scores whole weights, and adapter.bits={self.adapter.bits} rounds them: wagle=null, or "
+                "adapter.bits=null"
+            )
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
             raise ValueError(
                 "retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu': set both, or "
@@ -348,6 +353,12 @@ class Recipe:
             )
         if self.retain.objective == "embed_diff" and self.mollm is not None and self.mollm.kl:
             raise ValueError("mollm.kl compares final hidden states, where RMU's forward does not go: mollm.kl=false")
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether activations are computed anew whatever the device: asked for, or with rounded weights."""
+        rounded = self.adapter is not None and self.adapter.bits is not None
+        return self.checkpointing == "on" or (self.checkpointing == "auto" and rounded)
 
     @classmethod
     def of(cls, given: "Recipe | typing.Mapping[str, typing.Any] | str | Path") -> "Recipe":

@@ -201,10 +201,10 @@ class OutOfRange(ValueError):
         self.rule = rule
 
 
-def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+def one_of(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
-        raise OutOfRange(f"{name} must be one of {', '.join(allowed)}; got {value!r}", {"enum": [*allowed]})
+        raise OutOfRange(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}", {"enum": [*allowed]})
 
 
 def above(name: str, value: float, low: float) -> None:

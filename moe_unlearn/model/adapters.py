@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, weights_of
 from moe_unlearn.model.modes import put_in_mode, renamed_quietly
 from moe_unlearn.model.saving import has_adapters
 from moe_unlearn.ranks import sharded
@@ -102,7 +102,7 @@ def _experts(model: nn.Module) -> list[str]:
     modules: dict[str, Any] = experts_modules(model)
     for name, module in modules.items():
         end = ".".join(name.split(".")[-2:])
-        found |= {f"{end}.{weight}" for weight in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")}
+        found |= {f"{end}.{weight}" for weight in weights_of(module)}
     if not found:
         raise ValueError(
             f"adapter.targets: {type(model).__name__} has no routed experts to adapt; expected some, or "

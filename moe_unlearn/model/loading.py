@@ -28,7 +28,11 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from moe_unlearn.config import geometry, models
+from moe_unlearn.config.adapter import WIDTHS
+from moe_unlearn.config.values import one_of
 from moe_unlearn.delta.folder import OTHER_FORMS
+from moe_unlearn.experts import NAME
+from moe_unlearn.model import quantised
 from moe_unlearn.model.adapters import check_peft
 from moe_unlearn.model.modes import renamed_quietly
 from moe_unlearn.model.one_copy import read_in_turn
@@ -50,11 +54,12 @@ class Loading:
     spreads a model over all devices as transformers' device_map="auto" does. `dtype` is "auto" (that of the
     checkpoint) or one of `DTYPES`. With `trust_remote_code` code that comes with a model is run. Weights that match the
     regular expression `allow_weights` may be missing from a checkpoint, which transformers then makes random, or have
-    another shape or no place in the model. With `fsdp` above 1 that many ranks, which are all there are, share the
-    weights out, as DistributedConfig of transformers does, and groups of `ep` of them the experts.
+    another shape or no place in the model. With `bits`, 8 or 4, linear layers and experts of causal models are rounded
+    (`model.quantised`). With `fsdp` above 1 that many ranks, which are all there are, share the weights out, as
+    DistributedConfig of transformers does, and groups of `ep` of them the experts.
 
-    Raises ValueError for what is not here: a GPU, accelerate for "auto-map"; and where several ranks run, which have a
-    GPU each, for another device than theirs.
+    Raises ValueError for what is not here: a GPU, accelerate for "auto-map", the library of `bits`; and where several
+    ranks run, which have a GPU each, for another device than theirs.
     """
 
     device: str = "auto"
@@ -63,12 +68,16 @@ class Loading:
     allow_weights: str | None = None
     fsdp: int = 1
     ep: int = 1
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"auto|auto-map|cpu|cuda(:\d+)?", self.device) is None:
             raise ValueError(f"expected a device among auto, cpu, cuda, cuda:N and auto-map; got {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"expected a dtype among {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.bits is not None:
+            one_of("bits", self.bits, WIDTHS)
+            quantised.check_library(self.bits)
         if self.device.startswith("cuda"):
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if int(self.device.partition(":")[2] or 0) >= count:
@@ -149,6 +158,8 @@ def load_model(source: str | Path, how: Loading | None = None) -> tuple[PreTrain
         options["distributed_config"] = DistributedConfig(fsdp_size=how.fsdp, ep_size=how.ep)
     elif how.device_map is not None:
         options["device_map"] = how.device_map
+    if how.bits is not None:
+        options |= _rounded(source if base is None else base, how.bits)
     if base is None:
         return _load(source, AutoModelForCausalLM, "causal language model", how, **options)
     if how.fsdp > 1:
@@ -248,7 +259,43 @@ def _load(
         model = whole_model(name, kind, loaded, source, how.allow_weights, _HINT, **where, **own, **options)
     with named(source, loaded):
         tokenizer = _tokenizer(name, where, how)
+    quantised.keep_layout(model)
     return model.eval(), tokenizer
+
+
+def _rounded(source: str | Path, bits: int) -> dict[str, Any]:
+    """Return what rounds the weights of a model to `bits` as it is loaded; ValueError for one that is quantised."""
+    if method := stored_as(source):
+        raise ValueError(
+            f"expected whole weights to round to {bits} bits; those of {source} are quantised ({method}): leave bits "
+            "out, and the adapter is trained on them as they are"
+        )
+    return {"quantization_config": quantised.config_of(bits, meta_model(source)), "experts_implementation": NAME}
+
+
+def check_whole(source: str | Path, what: str) -> None:
+    """Raise ValueError, which says `what` needs whole weights, for a model whose config says they are quantised."""
+    if method := stored_as(source):
+        raise ValueError(
+            f"{what} needs whole weights, and those of {source} are quantised ({method}): give the model before it was"
+        )
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Return whether a folder holds an adapter alone; errors as `load_model` for one without its base."""
+    return _base_of(source) is not None
+
+
+def stored_as(source: str | Path) -> str | None:
+    """Return how the weights of a model, or of an adapter's base, are quantised; None for whole ones, and for unknown.
+
+    Its config alone is read.
+    """
+    base = _base_of(source)
+    name, where = located(source if base is None else base)
+    with named(source, "a model's config"):
+        settings, _ = PreTrainedConfig.get_config_dict(name, **where)
+    return quantised.method_of(settings.get("quantization_config"))
 
 
 def _tokenizer(name: str, where: dict[str, Any], how: Loading) -> PreTrainedTokenizerBase:

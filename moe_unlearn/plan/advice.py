@@ -38,12 +38,12 @@ class Unloaded:
     stored: bool = True
 
     def plan(self, recipe: Recipe, mesh: str | None = None) -> Plan:
-        """Plan a step of `recipe`, with checkpointing if it is "on"; on another mesh if one is named."""
+        """Plan a step of `recipe`, with checkpointing if it `recomputes`; on another mesh if one is named."""
         model, on = self.build(), self._on(mesh)
         with ExitStack() as inside:
 
             def step_on(model: nn.Module) -> Step:
-                if recipe.checkpointing == "on":
+                if recipe.recomputes:
                     checkpoint_activations(model)
                     inside.enter_context(training_mode(model))
                 return self.step_of(model, recipe)

@@ -52,7 +52,7 @@ def knobs(recipe: Recipe, layers: int, size: float, *, apart: bool) -> Iterator[
     A batch becomes micro-batches of the same rows, whose step is the same. The state of the optimizer is rounded. Last
     come the experts that TRACE selects, where it runs, and the experts of the top quarter of the layers.
     """
-    if recipe.checkpointing != "on":
+    if not recipe.recomputes:
         yield Knob("checkpointing", ("checkpointing=on",))
     for parts in (2, 4, 8):
         if recipe.batch_size % parts == 0:

@@ -12,6 +12,7 @@ from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.model.packing import call_of
+from moe_unlearn.model.quantised import is_quantised, made_whole, rounded_bytes, rounded_weights
 from moe_unlearn.plan.assumed import CACHES, reference_head
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare import float8
@@ -21,6 +22,7 @@ from moe_unlearn.routers import kept_bytes, routers_of
 from moe_unlearn.view import StepView
 
 ROUTERS = "kept of routers"
+WHOLE = "experts made whole"
 _HIDDEN_BYTES = 2  # cached layer outputs are bfloat16
 _LOGPROB_BYTES = 4
 
@@ -72,18 +74,32 @@ def on_host(view: StepView) -> set[Tensor]:
 
 def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes by component that are known without a rehearsal, on the first rank of a mesh if there is one."""
-    share, away = first_share(view, mesh), on_host(view)
+    share, away, rounded = first_share(view, mesh), on_host(view), rounded_sizes(view)
     named = dict(view.model.named_parameters())
     known = {
-        "weights": sum(share(p, p.nbytes) for p in view.model.parameters()),
+        "weights": sum(share(p, rounded.get(p, p.nbytes)) for p in view.model.parameters()),
         "optimizer state": sum(
             share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained if p not in away
         ),
         "mask": sum(share(named[name], words.nbytes) for name, words in view.masks.items()),
+        WHOLE: whole_bytes(view),
         ROUTERS: router_bytes(view),
         CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
     }
     return {name: size for name, size in known.items() if size}
+
+
+def rounded_sizes(view: StepView) -> dict[Tensor, int]:
+    """Return the bytes of the weights that `adapter.bits` rounds when they are loaded, where they are whole here."""
+    adapter = view.recipe.adapter
+    if adapter is None or adapter.bits is None or is_quantised(view.model):
+        return {}
+    return {p: rounded_bytes(p, adapter.bits) for _, p in rounded_weights(view.model)}
+
+
+def whole_bytes(view: StepView) -> int:
+    """Return the bytes of the experts that are whole at a time where `adapter.bits` rounds them: those of a layer."""
+    return made_whole(view.model) if rounded_sizes(view) else 0
 
 
 def router_bytes(view: StepView) -> int:

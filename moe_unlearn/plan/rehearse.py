@@ -14,7 +14,7 @@ from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.optim_state import is_offloaded
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
-from moe_unlearn.plan.known import ROUTERS, router_bytes
+from moe_unlearn.plan.known import ROUTERS, WHOLE, rounded_sizes, router_bytes, whole_bytes
 from moe_unlearn.plan.memory import HOST
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.one_rank import OneRank
@@ -93,8 +93,12 @@ def _counted(step: Step, setting: Setting) -> Counted:
             shadow.apply_preparation()
             rank = OneRank(shadow, mesh, rehearsal)
     copied = shadow.view()
+    for weight, size in rounded_sizes(copied).items():
+        ledger.leave_out(weight)
+        ledger.hold(size, "weights")
     for tensor in (*copied.model.parameters(), *copied.model.buffers()):
         ledger.add(tensor, "weights")
+    ledger.hold(whole_bytes(view), WHOLE)
     for tensors, component in _held(copied.optimizer):
         for tensor in tensors:
             ledger.add(tensor, component)

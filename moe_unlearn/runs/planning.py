@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.model.adapters import adapted
@@ -17,7 +18,7 @@ SIZES = (80.0, 141.0)  # GiB of the devices that are asked about unless others a
 
 
 def plan_of_config(
-    source: str | Path,
+    source: str | Path | PreTrainedConfig,
     recipe: Recipe,
     forget: Iterable[Batch] = (),
     retain: Iterable[Batch] = (),

@@ -21,6 +21,7 @@ from moe_unlearn.model import loading
 from moe_unlearn.model.adapters import adapted
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import checkpoint_activations, training_mode
+from moe_unlearn.model.quantised import check_rounded
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.advice import Unloaded
 from moe_unlearn.plan.mesh import mesh_of
@@ -32,6 +33,7 @@ from moe_unlearn.trainer.arguments import made as arguments_of
 from moe_unlearn.trainer.lines import say_in_lines
 
 SIDES = ("forget", "retain")
+CHECKPOINTED = "checkpointing is on: the backward pass computes each layer's activations anew"
 
 
 def room(device: torch.device) -> float:
@@ -67,6 +69,7 @@ class Run:
         sets: Mapping[str, Sequence[Example]],
     ):
         self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
+        check_rounded(self.model, recipe)
         if recipe.survive is not None:
             survive.check_holdable(self.model)
         forget = data.draw(sets["forget"], recipe.data.forget_rows, seed=recipe.seed)
@@ -116,20 +119,20 @@ class Run:
         with training_mode(self.model) if checkpointed else nullcontext():
             made = step.plan(forget, retain, mesh=mesh, fits=fits, stored=True)
         if checkpointed:
-            made.notes.append("checkpointing is on: the backward pass computes each layer's activations anew")
+            made.notes.append(CHECKPOINTED)
         return made
 
     def checkpoint_activations(self) -> bool:
         """Switch gradient checkpointing on as the recipe says, and return whether it is on; no number depends on it.
 
-        With `auto` it is on if the plan of a step without it exceeds the `room` on the model's device, of several ranks
-        on that of any: all decide the same. Weights that ranks share out are planned from the model's config; where
-        that does not make the model, as with adapters, it stays off. Raises ValueError for a model that has no gradient
-        checkpointing, if it is asked for.
+        With `auto` it is on under rounded weights, and if the plan of a step without it exceeds the `room` on the
+        model's device, of several ranks on that of any: all decide the same. Weights that ranks share out are planned
+        from the model's config; where that does not make the model, as with adapters, it stays off. Raises ValueError
+        for a model that has no gradient checkpointing, if it is asked for.
         """
-        on = self.recipe.checkpointing == "on"
+        on = self.recipe.recomputes
         device = next(self.model.parameters()).device
-        if self.recipe.checkpointing == "auto" and room(device) < math.inf:
+        if not on and self.recipe.checkpointing == "auto" and room(device) < math.inf:
             step = None if sharded(self.model) else UnlearnStep(self.model, self.recipe, process_group=everyone())
             _, short = gathered(lambda: self._peak(step) > room(device), bool)
             on = any(short)

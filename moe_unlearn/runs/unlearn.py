@@ -1,5 +1,6 @@
 """Makes a run, from its data to its folder: the steps between two measurements, and what it writes."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.model.adapters import merged
+from moe_unlearn.model.quantised import is_quantised
 from moe_unlearn.model.saving import save_model
 from moe_unlearn.ranks import is_first, on_first, sharded
 from moe_unlearn.runs import folder
@@ -21,6 +23,7 @@ from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
 from moe_unlearn.runs.measured import Measured
 from moe_unlearn.runs.own_texts import keep, own_texts
+from moe_unlearn.runs.planning import plan_of_config
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.runs.seen import SAMPLES
 from moe_unlearn.runs.summary import Summary, check_name
@@ -139,7 +142,7 @@ def unlearn(
         _survive(run, step, recipe.survive)
     trainer.check_weights()
     if evaluate and ranks == 1 and not sharded(model):
-        cost.planned = step.plan(*map(run.batches, SIDES), stored=True).peak
+        cost.planned = _planned(run, step)
     unlearned: Any = trainer.model
     if recipe.adapter is not None and recipe.adapter.merge:
         unlearned = merged(unlearned)  # which is then what the metrics are of
@@ -149,6 +152,21 @@ def unlearn(
         measured.after(unlearned, clock.seconds, out)
     on_first(partial(folder.seal, out, recipe.steps))
     return {} if measured is None else measured.summary
+
+
+def _planned(run: Run, step: UnlearnStep) -> int | None:
+    """Return the planned peak of a step: of weights that the recipe rounds from the config, of others so unknown."""
+    sides = [*map(run.batches, SIDES)]
+    if not is_quantised(run.model):
+        return step.plan(*sides, stored=True).peak
+    adapter = run.recipe.adapter
+    if adapter is None or adapter.bits is None:
+        return None
+    model: Any = run.model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    return plan_of_config(config, run.recipe, *sides, fits=(), dtype=dtype, advise=False).peak
 
 
 def _is_finished(out: Path, step: UnlearnStep, evaluate: bool) -> bool:

@@ -67,7 +67,7 @@ def _rehearse(model: Any, recipe: Recipe, batch: dict[str, Tensor]) -> None:
     step = UnlearnStep(model, recipe)
     if recipe.wagle is not None and recipe.wagle.mask is None:
         mask_stage(step.view(), {"forget": [batch], "retain": [batch]}, device)
-    if recipe.checkpointing == "on":
+    if recipe.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     rehearsed(step, (), Setting(None, device, {"forget": batch, "retain": batch}, 0))

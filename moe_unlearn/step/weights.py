@@ -9,6 +9,7 @@ from moe_unlearn import offload
 from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
 from moe_unlearn.model.adapters import check_adapted
+from moe_unlearn.model.quantised import check_moves
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.checks import check_dtypes
@@ -20,6 +21,7 @@ class TrainedWeights:
 
     def __init__(self, model: nn.Module, recipe: Recipe, shards: Shards | None = None):
         check_adapted(model, recipe)
+        check_moves(model)
         self.model, self.recipe, self.shards = model, recipe, shards
         #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}

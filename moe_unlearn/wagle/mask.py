@@ -59,6 +59,7 @@ from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.model.one_copy import give_back
+from moe_unlearn.model.quantised import check_whole
 from moe_unlearn.ops.exact_sums import exact
 from moe_unlearn.ranks import Ranks, sharded
 from moe_unlearn.wagle.budget import Budget, budget_of
@@ -143,6 +144,7 @@ def mask_of(
     None are the ranks that share the weights out, if any. `losses` are those of forget and retain. With `resume`, on
     all ranks or none, a mask in several groups goes on where an equal call was interrupted. Errors as `weight_mask`.
     """
+    check_whole(model, "a mask scores the weights of the model")
     if ranks is None or ranks.count == 1:
         ranks = Ranks(model) if sharded(model) else None
     pieces = all_pieces(model, ranks)
