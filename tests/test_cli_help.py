@@ -74,6 +74,10 @@ def test_every_option_and_every_verb_says_what_it_is():
         (["show", "npo", "--keep", "0.5"], "--set wagle.keep=0.5"),
         (["run", "npo", "--retian", "r"], "did you mean --retain?"),
         (["eval", "--model", "m", "--max-lenght", "4"], "did you mean --max-length?"),
+        (["sweep", "npo", "--grid", "steps=1", "--out", "o", "--seed", "3"], "--set seed=3; or did you mean --seeds?"),
+        (["run", "npo", "--trust", "--no-e"], "did you mean --trust-remote-code?, did you mean --no-eval?"),
+        (["run", "npo", "--re=r"], "did you mean --retain or --retain-eval or --reference or --resume?"),
+        (["kernels", "list", "--verb"], "--verb; see moe-unlearn kernels --help"),
         (["eval", "--model", "m", "--lr", "4"], "unrecognized arguments: --lr 4; see moe-unlearn eval --help"),
     ],
 )

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moe_unlearn.page.terminal import WIDTH, fitted
+from moe_unlearn.page.terminal import WIDTH, fitted, wrapped
 from moe_unlearn.runs.summary import COLUMNS, tabular
 
 pytestmark = pytest.mark.quick
@@ -42,3 +42,12 @@ def test_a_larger_one_is_cut_into_parts_that_each_begin_with_the_keys(width, key
     for i in range(9):
         assert "\n".join(lines).count(f"0.3{i}") == 1, "every value is there once"
     assert sum(line.endswith("…") for line in lines) == 12
+
+
+@pytest.mark.parametrize("width", [20, 40, 79, 200])
+def test_cells_go_on_in_further_lines_and_lose_no_word(width):
+    rows = [["optimizer.lr", "1e-05", "default", "how far a step goes (above 0)"], ["data.model", "", "x", "a folder"]]
+    lines = wrapped(rows, width=width)
+    assert max(map(len, lines)) <= width
+    assert sorted("".join(lines).replace(" ", "")) == sorted("".join("".join(row) for row in rows).replace(" ", ""))
+    assert (len(lines) == 2) == (width > 60)

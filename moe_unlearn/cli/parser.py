@@ -3,13 +3,19 @@
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _VALUE = "VALUE"
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one line with the way to --help, since the usage of a verb hides what was wrong."""
+    """Parser whose errors are one line with the way to --help, since the usage of a verb hides what was wrong.
+
+    It knows options by their whole names alone: `sweep --seed 3` is not --seeds.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -34,13 +40,19 @@ def _verb_of(parser: Parser, name: str) -> Parser:
 
 
 def _hint(verb: Parser, name: str, given: Sequence[str]) -> str:
-    """Return what an unknown option may have meant: keys of the recipe where the verb has --set, else an option."""
+    """Return what an unknown option may have meant: keys of the recipe where the verb has --set, and options.
+
+    Of options these are those that begin as it does, else the one that is spelled most like it.
+    """
     known = verb._option_string_actions
+    begun = [option for option in known if option.startswith(name)]
+    near = " or ".join(begun or difflib.get_close_matches(name, known, n=1, cutoff=0.7))
+    meant = f"did you mean {near}?" if near else ""
     if "--set" in known and (keys := _keys(name.removeprefix("--").replace("-", "_"))):
         value = _value_of(name, given)
-        return f"{name} is a key of the recipe, give --set {' or --set '.join(f'{key}={value}' for key in keys)}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"did you mean {near[0]}?" if near else ""
+        told = f"{name} is a key of the recipe, give --set {' or --set '.join(f'{key}={value}' for key in keys)}"
+        return f"{told}; or {meant}" if begun else told
+    return meant
 
 
 def _keys(name: str) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from moe_unlearn.config import Recipe, keys, shipped
 from moe_unlearn.config.files import composed, description
+from moe_unlearn.page.terminal import wrapped
 
-_WIDEST = 36  # of a column
 _OFF = "off; its name with =true switches it on"
 
 
@@ -29,11 +29,12 @@ def show(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({row.pop("key"): row for row in found}, indent=1))
         return
-    texts = [(row["key"], keys.shown(row["value"]), row["origin"]) for row in found]
-    widths = [min(max(len(text[i]) for text in texts), _WIDEST) for i in range(3)]
-    for row, text in zip(found, texts, strict=True):
-        cells = "  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True))
-        print(f"{cells}  {row['meaning']}" + (f" ({row['values']})" if row["values"] != "any" else ""))
+    meanings = (row["meaning"] + (f" ({row['values']})" if row["values"] != "any" else "") for row in found)
+    texts = [
+        (row["key"], keys.shown(row["value"]), row["origin"], meaning)
+        for row, meaning in zip(found, meanings, strict=True)
+    ]
+    print(*wrapped(texts), sep="\n")
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """A table as text that is no wider than a terminal."""
 
+import itertools
 import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from moe_unlearn.page.blocks import grid
@@ -22,6 +24,25 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int = 1,
         names, *columns = zip(head, *rows, strict=True)
         lines = grid(names, columns)
     return lines if _fits(lines, width) else [*_cut([head, *rows], keys, width)]
+
+
+def wrapped(rows: Sequence[Sequence[str]], *, widest: int = 36, width: int | None = None) -> list[str]:
+    """Return the lines of a table whose cells go on in further lines; `width` is as of `fitted`.
+
+    No column but the last is wider than `widest`, or than its share of the width.
+    """
+    width = width or shutil.get_terminal_size((WIDTH, 0)).columns
+    columns = [*zip(*rows, strict=True)]
+    share = max(width // len(columns) - _GAP, 1)
+    widths = [min(max(map(len, own)), widest, share) for own in columns[:-1]]
+    widths.append(max(width - sum(widths) - _GAP * len(widths), 1))
+    lines = []
+    for row in rows:
+        parts = [textwrap.wrap(cell, room) or [""] for cell, room in zip(row, widths, strict=True)]
+        for cells in itertools.zip_longest(*parts, fillvalue=""):
+            padded = (cell.ljust(room) for cell, room in zip(cells, widths, strict=True))
+            lines.append((" " * _GAP).join(padded).rstrip())
+    return lines
 
 
 def _fits(lines: Sequence[str], width: int) -> bool:
