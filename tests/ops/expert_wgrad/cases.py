@@ -127,7 +127,8 @@ RULES = {
     "sgd dampening": ({"momentum": 0.8, "dampening": 0.3}, 1),
     "sgd nesterov": ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, 1),
     "adamw": ({}, 2),
-    "adamw decay": ({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 0.3}, 2),
+    # a first moment that keeps no more than half is computed from the gradient on
+    "adamw decay": ({"weight_decay": 0.1, "betas": (0.5, 0.95), "eps": 0.3}, 2),
 }
 # a weight of float32 is never rounded stochastically
 NUMERICS = {name: numerics for name, numerics in OF_UPDATES.items() if name != "fp32 stochastic"}
