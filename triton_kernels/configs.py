@@ -16,6 +16,7 @@ import torch
 ARCHITECTURES = (80, 90, 100)
 _INTERPRETED_PROGRAMS = 3
 MAX_SPANS = 2048
+KEPT_BYTES = 300 * 2**20
 
 
 class Target(NamedTuple):
@@ -295,29 +296,42 @@ def expert_wgrad_sum() -> tuple[int, int]:
 class TokenLoss(NamedTuple):
     """Tiles of `token_loss`: of the logits, and of the gradients of hidden states and head.
 
-    A program of the forward folds `tiles_per_split` tiles of logits; `chunk` columns of dl/dz exist at a time; the
-    gradient of the hidden states is cut into at least `split_tiles` tiles, but no chunk into more than `splits`.
+    A program of the forward folds `tiles_per_split` tiles of logits, each in `slices` of columns. `chunk` columns of
+    dl/dz exist at a time, or the exponentials of `kept_rows` rows. The gradient of the hidden states is cut into at
+    least `split_tiles` tiles, but no chunk into more than `splits`, no kept rows into more than `kept_splits`.
     """
 
     logits: MatmulTile
     grad_hidden: MatmulTile
     grad_head: MatmulTile
+    slices: int
     tiles_per_split: int
     chunk: int
+    kept_rows: int
     split_tiles: int
     splits: int
+    kept_splits: int
     merge_rows: int
     merge_splits: int
 
 
 def token_loss(
-    num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, long_epilogue: bool, aligned: bool
+    num_rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    arch: int,
+    two_logits: bool,
+    long_epilogue: bool,
+    aligned: bool,
+    keeps: bool = False,
 ) -> TokenLoss:
     """Choose the tiles of `token_loss`.
 
     two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
-    descriptor can name the head. A row of dl/dz takes 32 KB, or less beyond 16,384 rows, so that dl/dz takes at most
-    half a gigabyte. A chunk of 16,384 columns spends 2 % of its time on reading and writing the sums it adds to.
+    descriptor can name the head; keeps: exponentials may be stored. A row of dl/dz takes 32 KB, or less beyond 16,384
+    rows, so that dl/dz takes at most half a gigabyte. A chunk of 16,384 columns spends 2 % of its time on reading and
+    writing the sums it adds to. Kept rows take at most KEPT_BYTES, or are those of one tile. With these slices no
+    supported compiler spills.
     """
     arch = tiles_of(arch)
     rows = 128 if num_rows > 64 else 64
@@ -332,16 +346,24 @@ def token_loss(
         logits = grad_hidden._replace(num_warps=4 if two_logits else 8)
     else:
         # tanh, sums over rows or a second tile of logits leave registers for only half the columns
-        logits = tile(128 if two_logits or long_epilogue else 256, arch >= 90 and aligned)
+        narrow = two_logits or long_epilogue or (keeps and (arch != 90 or rows == 64))
+        columns = 64 if keeps and arch >= 100 else 128 if narrow else 256
+        logits = tile(columns, arch >= 90 and aligned)
         grad_hidden, grad_head = tile(256, arch >= 90 and aligned), tile(256, arch >= 90)
     row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
-    # many more programs than multiprocessors, since the programs of rows that do not count have nothing to do
-    tiles_per_split = max(1, row_tiles * column_tiles // 8192)
+    # many more programs than multiprocessors, since the programs of rows that do not count have nothing to do, and
+    # kept rows have only a part of them at a time
+    tiles_per_split = max(1, row_tiles * column_tiles // 16384)
     chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
     # a power of two, since kernels are compiled for each chunk and number of splits: five serve any number of rows
     chunk = 1 << (chunk.bit_length() - 1)
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
-    return TokenLoss(logits, grad_hidden, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
+    fitting = KEPT_BYTES // (dtype.itemsize * column_tiles * logits.columns * logits.rows)
+    kept_rows = logits.rows * max(1, min(fitting, row_tiles))
+    slices = 4 if dtype == torch.float32 else 2 if arch == 90 else 1
+    splits, kept_splits = max(chunk // 1024, 1), max(vocabulary // 1024, 1)
+    sums = {"split_tiles": 256, "splits": splits, "kept_splits": kept_splits, "merge_rows": 32, "merge_splits": 32}
+    return TokenLoss(logits, grad_hidden, grad_head, slices, tiles_per_split, chunk, kept_rows, **sums)
 
 
 class Gram(NamedTuple):

@@ -10,24 +10,35 @@ rows that count (two for kl):
                                        and c = sum exp(r - m_r) ((r - m_r) - (z - m)), z and r the two logits.
     _merge_kernel                      grid (row blocks): folds the splits in ascending order and writes every output.
 
-The backward is in `token_loss_backward`. Splits fill the device where row tiles alone do not. They follow from shapes
-alone, so that bits do not depend on the device. Workspace: the gathered rows [T, H] (two of them for kl) and
-12 * splits * T bytes (20 for kl), at most 20 MB for 8192 rows and 151,936 columns.
+`token_loss_kept` has the forward that computes the gradient of the hidden states too; the backward is in
+`token_loss_backward`. Splits fill the device where row tiles alone do not. They follow from shapes alone, so that bits
+do not depend on the device. Workspace: the gathered rows [T, H] (two of them for kl) and 12 * splits * T bytes (20 for
+kl), at most 47 MB for 8192 rows and 151,936 columns.
 
 An error for labels outside [0, V) would have to wait for the device; the loss of such a row is NaN instead.
 `chunk_rows` is for the reference; tiles come from `configs`.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.triton_kernels.token_loss_backward import token_loss_backward
+from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels.common import round_nearest
+from moe_unlearn.triton_kernels.grouped_matmul import column_slices
 from moe_unlearn.triton_kernels.token_loss_logits import (
     IGNORED,
     LOWEST,
+    Loss,
+    Rows,
+    cap_slope,
     choose_tiles,
+    in_turn,
+    in_vocabulary,
+    is_label,
     log1p,
     logits,
     multiplied_dtype,
@@ -36,7 +47,23 @@ from moe_unlearn.triton_kernels.token_loss_logits import (
     select_rows,
 )
 
-__all__ = ["token_loss", "token_loss_backward"]
+HEADROOM = tl.constexpr(60.0)  # e^60 in 151,936 places, times a weight, is far from the end of float32 and bfloat16
+
+
+class Results(NamedTuple):
+    """What a forward returns, float32: loss [T], l [T], max z and sum exp(z - max z) [2, T], the reference's [2, T]."""
+
+    loss: Tensor
+    value: Tensor
+    norm: Tensor
+    ref_norm: Tensor
+
+
+class Kept(NamedTuple):
+    """Exponentials of a tile's rows, [rows, V or more], and the logits `offset` [T] that they are relative to."""
+
+    exponentials: Tensor
+    offset: Tensor
 
 
 def token_loss(
@@ -52,41 +79,91 @@ def token_loss(
     softcap: float | None,
     drop_zero_weights: bool,
     chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute (loss [T], l [T], max z and sum exp(z - max z) [2, T], those of the reference [2, T]), all float32.
+) -> Results:
+    """Compute the losses, and the numbers of each row that the backward needs.
 
     hidden, ref_hidden [T, H]; head, ref_head [V, H]; bias [V]; labels int64 [T]; weights [T]; floats of any dtype but
     float64, any strides.
     """
-    dtype = multiplied_dtype(hidden, head, ref_hidden, ref_head)
-    (num_rows, width), vocabulary = hidden.shape, len(head)
-    value = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
-    loss, norm, ref_norm = torch.empty_like(value), value.new_empty(2, num_rows), value.new_empty(2, num_rows)
-    if num_rows == 0:
-        return loss, value, norm, ref_norm
-    config = choose_tiles(hidden, head, ref_head, bias, dtype, kind, softcap)
-    tile = config.logits
+    dtype, results = multiplied_dtype(hidden, head, ref_hidden, ref_head), empty_results(hidden)
+    if len(hidden) == 0:
+        return results
+    loss = Loss(head, ref_head, labels, bias, weights, kind, scale, softcap)
+    # as where exponentials are kept, so that the losses have the same bits
+    config = choose_tiles(hidden, loss, dtype, keeps=kind != "kl")
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
-    described = tile.descriptors
-    splits = triton.cdiv(triton.cdiv(vocabulary, tile.columns), config.tiles_per_split)
-    partials = value.new_empty(5 if kind == "kl" else 3, splits, num_rows)
+    partials = empty_partials(loss, config, len(hidden))
+    fold(loss, rows, config, partials, 0)
+    merge(loss, rows, config, partials, 0, results)
+    return results
+
+
+def empty_results(hidden: Tensor) -> Results:
+    value = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    return Results(value, torch.empty_like(value), value.new_empty(2, len(value)), value.new_empty(2, len(value)))
+
+
+def empty_partials(loss: Loss, config: configs.TokenLoss, num_rows: int) -> Tensor:
+    """Allocate the numbers of each split: 5 for kl, else 3; [numbers, splits, rows]."""
+    splits = triton.cdiv(triton.cdiv(len(loss.head), config.logits.columns), config.tiles_per_split)
+    numbers = 5 if loss.kind == "kl" else 3
+    return torch.empty(numbers, splits, num_rows, dtype=torch.float32, device=loss.head.device)
+
+
+def fold(
+    loss: Loss,
+    rows: Rows,
+    config: configs.TokenLoss,
+    partials: Tensor,
+    first: int,
+    kept: Kept | None = None,
+    peaks: Tensor | None = None,
+) -> None:
+    """Compute `partials` of as many rows as they have from `first` on, and exponentials to keep of the same rows.
+
+    `peaks` [T], the rows' largest logits, makes it a repair: only tiles with a row whose largest logit exceeds its
+    offset by more than HEADROOM are computed, and such a row's exponentials are then relative to its largest logit.
+    """
+    tile, (head, ref_head, labels, bias, _, _, scale, softcap) = config.logits, loss
+    (vocabulary, width), (_, splits, num_rows), described = head.shape, partials.shape, tile.descriptors
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
+    exponentials, offset = (None, None) if kept is None else kept
+    block = [tile.rows, tile.columns // config.slices]
     _partials_kernel[(triton.cdiv(num_rows, tile.rows) * splits,)](
         operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
         operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
-        bias, labels, rows.index, rows.count, partials, num_rows, splits, config.tiles_per_split,
+        bias, labels, rows.index, rows.count, partials,
+        operand(exponentials, block, described), offset, offset if peaks is None else peaks,
+        len(rows.index), first, num_rows, splits, config.tiles_per_split, 0 if peaks is None else 1,
         rows.hidden.stride(0), *head.stride(), *(head if ref_head is None else ref_head).stride(),
-        0 if bias is None else bias.stride(0), labels.stride(0),
-        VOCABULARY=vocabulary, HIDDEN=width, SCALE=scale, SOFTCAP=softcap,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
+        0 if bias is None else bias.stride(0), labels.stride(0), 0 if exponentials is None else exponentials.stride(0),
+        VOCABULARY=vocabulary, HIDDEN=width, SCALE=scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, GROUP=tile.group, SLICES=config.slices, DESCRIPTORS=described,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def merge(loss: Loss, rows: Rows, config: configs.TokenLoss, partials: Tensor, first: int, results: Results) -> None:
+    """Fold `partials` into the results of their rows, from `first` on; rows that do not count come with the first."""
+    (_, splits, span), (labels, weights), num_rows = partials.shape, (loss.labels, loss.weights), len(rows.slot)
     _merge_kernel[(triton.cdiv(num_rows, config.merge_rows),)](
-        partials, rows.slot, labels, weights, loss, value, norm, ref_norm, num_rows, splits, labels.stride(0),
+        partials,
+        rows.slot,
+        labels,
+        weights,
+        *results,
+        num_rows,
+        first,
+        span,
+        splits,
+        labels.stride(0),
         0 if weights is None else weights.stride(0),
-        KIND=kind, VOCABULARY=vocabulary, ROWS=config.merge_rows, SPLITS=config.merge_splits, num_warps=4,
-    )  # fmt: skip
-    return loss, value, norm, ref_norm
+        KIND=loss.kind,
+        VOCABULARY=len(loss.head),
+        ROWS=config.merge_rows,
+        SPLITS=config.merge_splits,
+        num_warps=4,
+    )
 
 
 @triton.jit
@@ -97,48 +174,110 @@ def _fold(m, s, tile_m, tile_s):
 
 
 @triton.jit
-def _peak_and_sum(z, AXIS: tl.constexpr):
+def base_of(offset, peak):
+    """Return what a row's exponentials are relative to: its offset, or its peak where that is too far above."""
+    return tl.where(peak - offset > HEADROOM, peak, offset)
+
+
+@triton.jit
+def _fold_tile(
+    z,
+    label,
+    base,
+    exponentials,
+    row,
+    column,
+    stride_exponentials,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Compute (m, sums of exp(z - m), logits of labels) of a tile, m its maxima; store its exponentials, if kept."""
     # m is kept finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
-    m = tl.maximum(tl.max(z, AXIS), LOWEST)
-    return m, tl.sum(tl.exp(z - tl.expand_dims(m, AXIS)), AXIS)
+    m = tl.maximum(tl.max(z, 1), LOWEST)
+    s = tl.zeros((ROWS,), tl.float32)
+    picked = s
+    slices = column_slices(z, SLICES)
+    for i in tl.static_range(SLICES):
+        start = column + i * (COLUMNS // SLICES)
+        picked += tl.sum(tl.where(is_label(label, start, COLUMNS // SLICES), slices[i], 0.0), 1)
+        e = tl.exp(slices[i] - m[:, None])
+        s += tl.sum(e, 1)
+        if exponentials is not None:
+            e *= tl.exp(tl.minimum(m - base, HEADROOM))[:, None]
+            if SOFTCAP is not None:
+                e *= cap_slope(slices[i], SOFTCAP)
+            if DESCRIPTORS:
+                exponentials.store([row, start], round_nearest(e, exponentials.dtype))
+            else:
+                out = exponentials + (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * stride_exponentials
+                out += (start + tl.arange(0, COLUMNS // SLICES))[None, :]
+                tl.store(out, round_nearest(e, exponentials.dtype.element_ty))
+    return m, s, picked
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["num_rows", "first", "span", "splits", "tiles_per_split", "repairs"])
 def _partials_kernel(
-    hidden, ref_hidden, head, ref_head, bias, labels, index, count, partials, num_rows, splits, tiles_per_split,
+    hidden, ref_hidden, head, ref_head, bias, labels, index, count, partials, exponentials, offsets, peaks,
+    num_rows, first, span, splits, tiles_per_split, repairs,
     stride_hidden_row, stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
-    stride_label,
+    stride_label, stride_exponentials,
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Compute partials [3 or 5, splits, T] of one tile of rows and one split."""
-    counted = tl.load(count)
+    """Compute partials [3 or 5, splits, span] of one tile of rows and one split, and exponentials [span, V] to keep.
+
+    Kept are exp(z - base) times dz / d(z before its soft cap), at labels too, until `_clear_kernel` has run.
+    """
+    counted = tl.minimum(tl.load(count) - first, span)
     row_tile, split = place(tl.program_id(0), tl.cdiv(counted, ROWS), splits, GROUP)
     if row_tile * ROWS >= counted:
         return
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
-    token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    label = tl.load(labels + token * stride_label)
+    token = tl.load(index + first + row, mask=live, other=0).to(tl.int64)
+    label = in_vocabulary(tl.load(labels + token * stride_label), VOCABULARY)
+    base = tl.zeros((ROWS,), tl.float32)
+    if exponentials is not None:
+        offset = tl.load(offsets + token, mask=live, other=0.0)
+        base = base_of(offset, tl.load(peaks + token, mask=live, other=0.0))
+        if (repairs != 0) & (tl.max((base > offset).to(tl.int32), 0) == 0):
+            return
     m = tl.full((ROWS,), LOWEST, tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     picked, ref_m, ref_s, cross = s, m, s, s
-    first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(VOCABULARY, COLUMNS))):
+    first_tile = split * tiles_per_split
+    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(VOCABULARY, COLUMNS))):
         column = tile * COLUMNS
         z, z_ref = logits(
-            hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, stride_hidden_row,
+            hidden, ref_hidden, head, ref_head, bias, first + row_tile * ROWS, column, num_rows, stride_hidden_row,
             stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
             VOCABULARY, HIDDEN, SCALE, SOFTCAP, ROWS, COLUMNS, DEPTH, DESCRIPTORS,
         )  # fmt: skip
-        tile_m, tile_s = _peak_and_sum(z, 1)
         if ref_hidden is None:
-            v = column + tl.arange(0, COLUMNS)
-            picked += tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1)
+            tile_m, tile_s, tile_picked = _fold_tile(
+                z,
+                label,
+                base,
+                exponentials,
+                row_tile * ROWS,
+                column,
+                stride_exponentials,
+                SOFTCAP,
+                ROWS,
+                COLUMNS,
+                SLICES,
+                DESCRIPTORS,
+            )
+            picked += tile_picked
             m, s, _ = _fold(m, s, tile_m, tile_s)
         else:
-            tile_ref_m = tl.maximum(tl.max(z_ref, 1), LOWEST)
+            tile_m, tile_ref_m = tl.maximum(tl.max(z, 1), LOWEST), tl.maximum(tl.max(z_ref, 1), LOWEST)
             z, z_ref = z - tile_m[:, None], z_ref - tile_ref_m[:, None]
+            tile_s = tl.sum(tl.exp(z), 1)
             q = tl.exp(z_ref)
             tile_ref_s = tl.sum(q, 1)
             tile_cross = tl.sum(tl.where(q == 0, 0.0, q * (z_ref - z)), 1)
@@ -149,8 +288,8 @@ def _partials_kernel(
             cross = tl.exp(ref_old) * (cross + old_ref_s * (ref_old - old))
             shift, ref_shift = tile_m - m, tile_ref_m - ref_m
             cross += tl.exp(ref_shift) * (tile_cross + tile_ref_s * (ref_shift - shift))
-    out = partials + split.to(tl.int64) * num_rows + row
-    part = splits.to(tl.int64) * num_rows
+    out = partials + split.to(tl.int64) * span + row
+    part = splits.to(tl.int64) * span
     tl.store(out, m, mask=live)
     tl.store(out + part, s, mask=live)
     if ref_hidden is None:
@@ -161,26 +300,46 @@ def _partials_kernel(
         tl.store(out + 4 * part, cross, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "first", "span", "splits"])
 def _merge_kernel(
-    partials, slots, labels, weights, loss, value, norm, ref_norm, num_rows, splits, stride_label, stride_weight,
-    KIND: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Compute loss, l and the normalisers of a block of rows; zeros in rows that do not count."""
+    partials,
+    slots,
+    labels,
+    weights,
+    loss,
+    value,
+    norm,
+    ref_norm,
+    num_rows,
+    first,
+    span,
+    splits,
+    stride_label,
+    stride_weight,
+    KIND: tl.constexpr,
+    VOCABULARY: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Compute loss, l and the normalisers of those of a block of rows that partials are of.
+
+    Those of the first slots also write zeros in rows that do not count.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_rows
     wide = row.to(tl.int64)
-    slot = tl.load(slots + row, mask=inside, other=-1)
-    counted = slot >= 0
+    slot = tl.load(slots + row, mask=row < num_rows, other=-1)
+    inside = (row < num_rows) & in_turn(slot, first, span)
+    counted = inside & (slot >= 0)
+    slot -= first
     label = tl.load(labels + wide * stride_label, mask=inside, other=IGNORED)
-    part = splits.to(tl.int64) * num_rows
+    part = splits.to(tl.int64) * span
     m = tl.full((ROWS,), LOWEST, tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     picked, ref_m, ref_s, cross = s, m, s, s
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
         mask = (split < splits)[:, None] & counted[None, :]
-        source = partials + split.to(tl.int64)[:, None] * num_rows + slot[None, :]
+        source = partials + split.to(tl.int64)[:, None] * span + slot[None, :]
         part_m = tl.load(source, mask=mask, other=LOWEST)
         part_s = tl.load(source + part, mask=mask, other=0.0)
         peak = tl.maximum(m, tl.max(part_m, 0))

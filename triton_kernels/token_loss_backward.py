@@ -1,7 +1,12 @@
 """token_loss, backward: computes the gradients from dl/dz, a chunk of the vocabulary at a time.
 
-`_select_kernel` and `_gather_kernel` of `token_loss_logits` run once. Then follow, for each chunk of
-`configs.token_loss(...).chunk` columns:
+The gradient of hidden states that the forward kept (`token_loss_kept`) only has to be multiplied by each row's
+upstream gradient:
+
+    _scale_kernel          grid (row blocks): the products, or zeros
+
+For all other gradients `_select_kernel` and `_gather_kernel` of `token_loss_logits` run once. Then follow, for each
+chunk of `configs.token_loss(...).chunk` columns:
 
     _dlogits_kernel        grid (row tiles x column tiles): logits once more, dl/dz [T, chunk] from the saved normaliser
                            in the dtype that is multiplied; with a bias, the sums of its columns over each row tile
@@ -13,9 +18,9 @@
 `_scatter_kernel`, grid (rows), runs once at the end. It writes the sum of the splits, in order, to where the row came
 from, or zeros.
 
-With T' rows that count there are 3 matrix products of 2 T' V H with a frozen head and 4 with a trained one, the
-forward's included; kl needs 5 and 6. Writing dl/dz in bfloat16 once costs the same rounding as any 16-bit backward and
-saves a trained head the second recomputation.
+With T' rows that count there are, the forward's included, 2 matrix products of 2 T' V H with a frozen head and 4 with a
+trained one. kl and float16 keep nothing and need 3 and 4, kl 2 more for the reference. Writing dl/dz in bfloat16 once
+costs the same rounding as any 16-bit backward and saves a trained head another recomputation.
 
 Workspace for T = 8192, H = 2048 in bfloat16: dl/dz 256 MB, sums 64 MB, rows 32 MB (64 for kl), for any V. The results
 are deterministic: no atomics, fixed orders; splits follow from the number of rows that count, not from the device.
@@ -26,10 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import dot, round_nearest
 from moe_unlearn.triton_kernels.token_loss_logits import (
+    Loss,
+    Rows,
+    cap_slope,
     choose_tiles,
+    counts,
     expm1,
+    in_vocabulary,
+    is_label,
     load_tile,
     logits,
     multiplied_dtype,
@@ -43,11 +55,12 @@ def token_loss_backward(
     grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
     ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, norm: Tensor, ref_norm: Tensor,
     kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
-    needs_hidden: bool, needs_head: bool, needs_bias: bool,
+    needs_hidden: bool, needs_head: bool, needs_bias: bool, direction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V] in their dtypes; empty if not needed.
 
-    grad [T]: upstream gradient, any strides; value, norm and ref_norm: results of the forward; the rest as there.
+    grad [T]: upstream gradient, any strides; value, norm and ref_norm: results of the forward; direction [T, H]: what
+    it kept, float32, or None; the rest as there.
     """
     dtype = multiplied_dtype(hidden, head, ref_hidden, ref_head)
     (num_rows, width), vocabulary = hidden.shape, len(head)
@@ -57,7 +70,13 @@ def token_loss_backward(
     grad_bias = torch.empty(vocabulary if needs_bias else 0, dtype=like.dtype, device=like.device)
     if num_rows == 0:
         return grad_hidden, grad_head.zero_(), grad_bias.zero_()
-    config = choose_tiles(hidden, head, ref_head, bias, dtype, kind, softcap)
+    loss = Loss(head, ref_head, labels, bias, weights, kind, scale, softcap)
+    if needs_hidden and direction is not None:
+        _launch_scale(loss, grad, value, direction, grad_hidden, drop_zero_weights)
+        needs_hidden = False
+    if not (needs_hidden or needs_head or needs_bias):
+        return grad_hidden, grad_head, grad_bias
+    config = choose_tiles(hidden, loss, dtype)
     chunk, tile = config.chunk, config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     dlogits = torch.empty(num_rows, chunk, dtype=dtype, device=hidden.device)
@@ -71,11 +90,7 @@ def token_loss_backward(
         operand(head, blocks[1], described),
         operand(ref_head, blocks[1], described),
     )
-    sums_rows = config.grad_hidden.rows
-    width_tiles = triton.cdiv(width, config.grad_hidden.columns)
-    sums_tiles = triton.cdiv(num_rows, sums_rows) * width_tiles
-    sums_tiles = max(sums_tiles, min(sums_tiles * config.splits, config.split_tiles))
-    sums = norm.new_empty(sums_tiles // max(width_tiles, 1) * sums_rows, width) if needs_hidden else None
+    sums = empty_sums(hidden, config, num_rows, config.splits) if needs_hidden else None
     for start in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - start)
         _dlogits_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
@@ -95,7 +110,7 @@ def token_loss_backward(
         if needs_head:
             _launch_head_gradient(dlogits, rows, grad_head, start, columns, config.grad_head)
         if needs_hidden:
-            _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config)
+            add_hidden_sums(dlogits, head, rows, sums, config, config.splits, start, columns)
     if needs_hidden:
         _scatter_kernel[(triton.cdiv(num_rows, 16),)](
             sums,
@@ -104,8 +119,8 @@ def token_loss_backward(
             grad_hidden,
             num_rows,
             HIDDEN=width,
-            WIDTH_TILES=width_tiles,
-            TILE_ROWS=sums_rows,
+            WIDTH_TILES=triton.cdiv(width, config.grad_hidden.columns),
+            TILE_ROWS=config.grad_hidden.rows,
             SPLIT_TILES=config.split_tiles,
             SPLITS=config.splits,
             ROWS=16,
@@ -115,38 +130,60 @@ def token_loss_backward(
     return grad_hidden, grad_head, grad_bias
 
 
+def _launch_scale(loss, grad, value, direction, grad_hidden, drop_zero_weights):
+    labels, weights, (num_rows, width) = loss.labels, loss.weights, direction.shape
+    _scale_kernel[(triton.cdiv(num_rows, 16),)](
+        direction, grad, labels, weights, value, grad_hidden, num_rows, grad.stride(0), labels.stride(0),
+        0 if weights is None else weights.stride(0),
+        KIND=loss.kind, DROPS=drop_zero_weights, HIDDEN=width, ROWS=16, COLUMNS=128, num_warps=4,
+    )  # fmt: skip
+
+
 def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
     num_rows, width = rows.hidden.shape
     described = tile.descriptors
     _head_gradient_kernel[(triton.cdiv(columns, tile.rows) * triton.cdiv(width, tile.columns),)](
         operand(dlogits, [tile.depth, tile.rows], described),
         operand(rows.hidden, [tile.depth, tile.columns], described),
-        rows.count,
-        grad_head,
-        num_rows,
-        start,
-        columns,
-        dlogits.stride(0),
-        rows.hidden.stride(0),
-        HIDDEN=width,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        GROUP=tile.group,
-        DESCRIPTORS=described,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+        rows.count, grad_head, num_rows, start, columns, dlogits.stride(0), rows.hidden.stride(0),
+        HIDDEN=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
-def _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config):
+def empty_sums(hidden: Tensor, config: configs.TokenLoss, num_rows: int, splits: int) -> Tensor:
+    """Allocate the sums of `num_rows` rows, float32, in as many strips as they may be split into."""
+    tile, width = config.grad_hidden, hidden.shape[1]
+    width_tiles = triton.cdiv(width, tile.columns)
+    tiles = triton.cdiv(num_rows, tile.rows) * width_tiles
+    tiles = max(tiles, min(tiles * splits, config.split_tiles))
+    return torch.empty(tiles // max(width_tiles, 1) * tile.rows, width, dtype=torch.float32, device=hidden.device)
+
+
+def add_hidden_sums(
+    dlogits: Tensor,
+    head: Tensor,
+    rows: Rows,
+    sums: Tensor,
+    config: configs.TokenLoss,
+    splits: int,
+    start: int,
+    columns: int,
+    first: int = 0,
+) -> None:
+    """Add the product of `dlogits` and rows start : start + columns of the head to `sums`; start = 0 begins new ones.
+
+    dlogits: [n, columns or more] of the n rows from `first` on.
+    """
     tile, (vocabulary, width) = config.grad_hidden, head.shape
-    described = tile.descriptors
-    _hidden_sums_kernel[(sums_tiles,)](
+    described, num_rows = tile.descriptors, len(dlogits)
+    width_tiles = triton.cdiv(width, tile.columns)
+    tiles = triton.cdiv(num_rows, tile.rows) * width_tiles
+    _hidden_sums_kernel[(max(tiles, min(tiles * splits, config.split_tiles)),)](
         operand(dlogits, [tile.rows, tile.depth], described), operand(head, [tile.depth, tile.columns], described),
-        rows.count, sums, len(dlogits), start, columns, dlogits.stride(0), *head.stride(),
-        VOCABULARY=vocabulary, HIDDEN=width, WIDTH_TILES=triton.cdiv(width, tile.columns),
-        SPLIT_TILES=config.split_tiles, SPLITS=config.splits, FIRST=start == 0,
+        rows.count, sums, num_rows, first, start, columns, dlogits.stride(0), *head.stride(),
+        VOCABULARY=vocabulary, HIDDEN=width, WIDTH_TILES=width_tiles,
+        SPLIT_TILES=config.split_tiles, SPLITS=splits, FIRST=start == 0,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -176,24 +213,16 @@ def _dlogits_kernel(
     live = row < counted
     # rows that do not count read the numbers of token 0 and become zero at the end
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    upstream = tl.load(grad + token * stride_grad).to(tl.float32)
-    if weights is not None:
-        upstream *= tl.load(weights + token * stride_weight).to(tl.float32)
-    if KIND == "uce":
-        upstream *= -expm1(tl.load(value + token))
+    upstream = _upstream(grad, weights, value, token, stride_grad, stride_weight, KIND)
     dz = _softmax(z, norm, token, num_rows)
     if KIND == "kl":
         dz -= _softmax(z_ref, ref_norm, token, num_rows)
     else:
-        label = tl.load(labels + token * stride_label)
-        # int32 takes half the registers
-        label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
-        dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
+        label = in_vocabulary(tl.load(labels + token * stride_label), VOCABULARY)
+        dz = tl.where(is_label(label, column, COLUMNS), dz - 1, dz)
     dz *= (upstream * SCALE)[:, None]
     if SOFTCAP is not None:
-        ratio = z * (1 / SOFTCAP)
-        # z is -infinity behind the vocabulary, where dz is 0 and the product would be NaN
-        dz *= tl.where(z == -float("inf"), 0.0, 1 - ratio * ratio)
+        dz *= cap_slope(z, SOFTCAP)
     dz = tl.where(live[:, None], dz, 0.0)
     at = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     if DESCRIPTORS:
@@ -203,6 +232,17 @@ def _dlogits_kernel(
         tl.store(out, round_nearest(dz, dlogits.dtype.element_ty), mask=(row < num_rows)[:, None])
     if column_sums is not None:
         tl.store(column_sums + row_tile.to(tl.int64) * CHUNK + at, tl.sum(dz, 0))
+
+
+@triton.jit
+def _upstream(grad, weights, value, token, stride_grad, stride_weight, KIND: tl.constexpr):
+    """Compute the gradient of the objective by nll or kl of the rows `token`."""
+    upstream = tl.load(grad + token * stride_grad).to(tl.float32)
+    if weights is not None:
+        upstream *= tl.load(weights + token * stride_weight).to(tl.float32)
+    if KIND == "uce":
+        upstream *= -expm1(tl.load(value + token))
+    return upstream
 
 
 @triton.jit
@@ -225,22 +265,10 @@ def _bias_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "columns"])
 def _head_gradient_kernel(
-    dlogits,
-    hidden,
-    count,
-    grad_head,
-    num_rows,
-    start,
-    columns,
-    stride_dlogits_row,
-    stride_hidden_row,
-    HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    dlogits, hidden, count, grad_head, num_rows, start, columns, stride_dlogits_row, stride_hidden_row,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):
+):  # fmt: skip
     """Compute grad_head[start : start + columns] = dlogits^T hidden over the rows that count and the zeros behind."""
     row_tile, column_tile = place(tl.program_id(0), tl.cdiv(columns, ROWS), tl.cdiv(HIDDEN, COLUMNS), GROUP)
     counted = tl.load(count)
@@ -259,30 +287,32 @@ def _head_gradient_kernel(
 
 
 @triton.jit
-def _strips(counted, WIDTH_TILES: tl.constexpr, ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr):
+def strips(counted, WIDTH_TILES: tl.constexpr, ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr):
     """Compute (row tiles, splits) of the sums: split s of row tile r is strip s * row tiles + r of ROWS rows."""
     row_tiles = tl.cdiv(counted, ROWS)
     return row_tiles, tl.maximum(tl.minimum(SPLIT_TILES // (row_tiles * WIDTH_TILES), SPLITS), 1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "columns"])
+@triton.jit(do_not_specialize=["num_rows", "first", "columns"])
 def _hidden_sums_kernel(
-    dlogits, head, count, sums, num_rows, start, columns, stride_dlogits_row, stride_head_row, stride_head_column,
+    dlogits, head, count, sums, num_rows, first, start, columns, stride_dlogits_row, stride_head_row,
+    stride_head_column,
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, WIDTH_TILES: tl.constexpr, SPLIT_TILES: tl.constexpr,
     SPLITS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add a chunk's dlogits W to a tile of sums [strips * ROWS, HIDDEN]; the first chunk starts from zero."""
-    counted = tl.load(count)
-    if counted == 0:
+    counted = tl.minimum(tl.load(count) - first, num_rows)
+    if counted <= 0:
         return
-    row_tiles, splits = _strips(counted, WIDTH_TILES, ROWS, SPLIT_TILES, SPLITS)
+    row_tiles, splits = strips(counted, WIDTH_TILES, ROWS, SPLIT_TILES, SPLITS)
     tiles = row_tiles * WIDTH_TILES
     split = tl.program_id(0) // tiles
     if split >= splits:
         return
     row_tile, column_tile = place(tl.program_id(0) % tiles, row_tiles, WIDTH_TILES, GROUP)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    left = column_tile * COLUMNS
+    column = left + tl.arange(0, COLUMNS)
     at = sums + (split * row_tiles + row_tile).to(tl.int64) * ROWS * HIDDEN
     at += tl.arange(0, ROWS)[:, None] * HIDDEN + column[None, :]
     inside = (column < HIDDEN)[None, :]
@@ -294,19 +324,31 @@ def _hidden_sums_kernel(
     for k in range(split * length, tl.minimum(split * length + length, columns), DEPTH):
         dz = load_tile(dlogits, row_tile * ROWS, k, counted, columns, stride_dlogits_row, 1, ROWS, DEPTH, DESCRIPTORS)
         w = load_tile(
-            head,
-            start + k,
-            column_tile * COLUMNS,
-            VOCABULARY,
-            HIDDEN,
-            stride_head_row,
-            stride_head_column,
-            DEPTH,
-            COLUMNS,
-            DESCRIPTORS,
+            head, start + k, left, VOCABULARY, HIDDEN, stride_head_row, stride_head_column, DEPTH, COLUMNS, DESCRIPTORS
         )
         total = dot(dz, w.to(dz.dtype), total)
     tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def sum_of_splits(
+    sums,
+    slot,
+    column,
+    row_tiles,
+    splits,
+    mask,
+    HIDDEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Compute the sums of rows `slot` over the splits, in order; zeros where `mask` is not set."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for split in range(0, splits):
+        source = sums + (split * row_tiles * TILE_ROWS + slot)[:, None] * HIDDEN + column[None, :]
+        total += tl.load(source, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -325,15 +367,34 @@ def _scatter_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Store the sum of the splits of row slot[t], in order, to grad_hidden[t]; zeros for a row that does not count."""
-    row_tiles, splits = _strips(tl.maximum(tl.load(count), 1), WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
+    row_tiles, splits = strips(tl.maximum(tl.load(count), 1), WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < num_rows, other=-1).to(tl.int64)
     for start in range(0, HIDDEN, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = (column < HIDDEN)[None, :]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for split in range(0, splits):
-            source = sums + (split * row_tiles * TILE_ROWS + slot)[:, None] * HIDDEN + column[None, :]
-            total += tl.load(source, mask=(slot >= 0)[:, None] & inside, other=0.0)
+        mask = (slot >= 0)[:, None] & inside
+        total = sum_of_splits(sums, slot, column, row_tiles, splits, mask, HIDDEN, TILE_ROWS, ROWS, COLUMNS)
         out = grad_hidden + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         tl.store(out, round_nearest(total, grad_hidden.dtype.element_ty), mask=(row < num_rows)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _scale_kernel(
+    direction, grad, labels, weights, value, grad_hidden, num_rows, stride_grad, stride_label, stride_weight,
+    KIND: tl.constexpr, DROPS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store a row's direction times its upstream gradient to grad_hidden; zeros for a row that does not count."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = row.to(tl.int64)
+    live = counts(labels, weights if DROPS else None, token, row < num_rows, stride_label, stride_weight)
+    # rows that do not count read the numbers of token 0, for the mask decides what is stored
+    factor = _upstream(grad, weights, value, tl.where(live, token, 0), stride_grad, stride_weight, KIND)
+    for start in range(0, HIDDEN, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        at = token[:, None] * HIDDEN + column[None, :]
+        inside = (column < HIDDEN)[None, :]
+        scaled = tl.load(direction + at, mask=live[:, None] & inside, other=0.0) * factor[:, None]
+        scaled = tl.where(live[:, None], scaled, 0.0)
+        mask = (row < num_rows)[:, None] & inside
+        tl.store(grad_hidden + at, round_nearest(scaled, grad_hidden.dtype.element_ty), mask=mask)

@@ -34,6 +34,19 @@ class Rows(NamedTuple):
     ref_hidden: Tensor | None
 
 
+class Loss(NamedTuple):
+    """What is computed of hidden states: heads [V, H], labels [T], bias [V], weights [T], and the formula."""
+
+    head: Tensor
+    ref_head: Tensor | None
+    labels: Tensor
+    bias: Tensor | None
+    weights: Tensor | None
+    kind: str
+    scale: float
+    softcap: float | None
+
+
 def multiplied_dtype(hidden: Tensor, head: Tensor, ref_hidden: Tensor | None, ref_head: Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in (hidden, head, ref_hidden, ref_head) if t is not None}
     if torch.float64 in dtypes:
@@ -82,18 +95,12 @@ def select_rows(
     return Rows(count, index, slot, gather(hidden), None if ref_hidden is None else gather(ref_hidden))
 
 
-def choose_tiles(
-    hidden: Tensor,
-    head: Tensor,
-    ref_head: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    kind: str,
-    softcap: float | None,
-) -> configs.TokenLoss:
-    arch, aligned = configs.architecture(hidden.device), describable(head, ref_head)
-    long_epilogue = softcap is not None or bias is not None
-    return configs.token_loss(len(hidden), len(head), dtype, arch, kind == "kl", long_epilogue, aligned)
+def choose_tiles(hidden: Tensor, loss: Loss, dtype: torch.dtype, keeps: bool = False) -> configs.TokenLoss:
+    arch, aligned = configs.architecture(hidden.device), describable(loss.head, loss.ref_head)
+    long_epilogue = loss.softcap is not None or loss.bias is not None
+    return configs.token_loss(
+        len(hidden), len(loss.head), dtype, arch, loss.kind == "kl", long_epilogue, aligned, keeps
+    )
 
 
 def operand(tensor: Tensor | None, block: list[int], described: bool) -> Tensor | TensorDescriptor | None:
@@ -113,16 +120,22 @@ def describable(*tensors: Tensor | None) -> bool:
     return all(fits(t) for t in tensors if t is not None)
 
 
+@triton.jit
+def counts(labels, weights, row, inside, stride_label, stride_weight):
+    """Return which of the rows that are `inside` count; without weights labels decide."""
+    counted = tl.load(labels + row * stride_label, mask=inside, other=IGNORED) != IGNORED
+    if weights is not None:
+        counted = counted & (tl.load(weights + row * stride_weight, mask=inside, other=0.0).to(tl.float32) != 0)
+    return counted
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _select_kernel(labels, weights, count, index, slot, num_rows, stride_label, stride_weight, BLOCK: tl.constexpr):
     total = 0
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < num_rows
-        wide = row.to(tl.int64)
-        counted = tl.load(labels + wide * stride_label, mask=inside, other=IGNORED) != IGNORED
-        if weights is not None:
-            counted = counted & (tl.load(weights + wide * stride_weight, mask=inside, other=0.0).to(tl.float32) != 0)
+        counted = counts(labels, weights, row.to(tl.int64), inside, stride_label, stride_weight)
         position = total + tl.cumsum(counted.to(tl.int32), 0) - 1
         tl.store(slot + row, tl.where(counted, position, -1), mask=inside)
         tl.store(index + position, row, mask=counted)
@@ -237,10 +250,42 @@ def logits(
 
 @triton.jit
 def _finish(z, offset, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    z = (z + offset[None, :]) * SCALE
+    z = capped((z + offset[None, :]) * SCALE, SOFTCAP)
+    return tl.where(inside[None, :], z, -float("inf"))
+
+
+@triton.jit
+def capped(z, SOFTCAP: tl.constexpr):
     if SOFTCAP is not None:
         z = SOFTCAP * _tanh(z * (1 / SOFTCAP))
-    return tl.where(inside[None, :], z, -float("inf"))
+    return z
+
+
+@triton.jit
+def cap_slope(z, SOFTCAP: tl.constexpr):
+    """Compute the derivative of the soft cap where its result is z: 1 - (z / SOFTCAP)^2, 0 for -infinity."""
+    ratio = z * (1 / SOFTCAP)
+    # z is -infinity behind the vocabulary, where what is multiplied is 0 and the product would be NaN
+    return tl.where(z == -float("inf"), 0.0, 1 - ratio * ratio)
+
+
+@triton.jit
+def in_vocabulary(label, VOCABULARY: tl.constexpr):
+    """Return labels in int32, which takes half the registers; -1 outside the vocabulary."""
+    return tl.where((label >= 0) & (label < VOCABULARY), label, -1).to(tl.int32)
+
+
+@triton.jit
+def is_label(label, column, COLUMNS: tl.constexpr):
+    """Compute [ROWS, COLUMNS]: whether a column, counted from `column` on, is its row's label."""
+    return (label - column)[:, None] == tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def in_turn(slot, first, span):
+    """Return which rows belong to the `span` slots from `first` on; those that do not count belong to the first."""
+    slot = tl.maximum(slot, 0)
+    return (slot >= first) & (slot < first + span)
 
 
 @triton.jit
@@ -263,6 +308,6 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    """Compute exp(x) - 1 to 4 ulp for 0 <= x <= 1, with the same correction."""
+    """Compute exp(x) - 1 to 4 ulp for -16 <= x <= 1, with the same correction."""
     u = tl.exp(x)
     return tl.where(u == 1, x, (u - 1) * tl.div_rn(x, tl.where(u == 1, 1.0, tl.log(u))))

@@ -21,14 +21,12 @@ Worked example: for labels [5, -100, 2, 7] and weights [1, 3, 0, 2] only rows 0 
 
 The other rows go in tiles of rows x vocabulary, whose logits and temporaries fit a workspace of 32 MiB. Logits and
 softmax are float32, or float64 if an input is. The forward keeps a few numbers per row; the backward recomputes each
-tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once.
-
+tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once. Kernels may compute
+dl/dh in the forward, which knows all but a factor of each row: they multiply a frozen head by one matrix less.
 Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so that a confident token keeps its
 small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
-
-`ce` and `logit_margin` have no kernels of their own: the tiles of `ref` compute them on every device.
-
-The op is deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's
+`ce` and `logit_margin` have no kernels of their own: the tiles of `ref` compute them on every device. The op is
+deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's
 logit lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's
 logit margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by
 2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
@@ -122,8 +120,7 @@ def token_loss(
     """Compute loss [T], float32 (float64 for float64); differentiable in hidden_states, head and weights.
 
     Args:
-        hidden_states: [T, H]. It and the tensors of the head may have any float dtypes.
-        head: its weight [V, H], bias [V] or None, scale and soft-cap of the logits.
+        hidden_states: [T, H]; head: weight [V, H], bias [V] or None, scale and soft-cap. Any float dtypes, also mixed.
         labels: int64 [T], -100 is ignored; for "kl" and "logit_margin" they only say which rows count.
         token_weights: float [T]; None stands for 1.
         kind: "nll", "uce", "kl", "ce" or "logit_margin".
@@ -231,7 +228,7 @@ def _token_loss(*operands: Any) -> tuple[Tensor, ...]:
     bias, kept if `keep_head` is set.
     """
     hidden, *tensors, kind, scale, softcap, drop, chunk_rows, penalty, impl, keep, keep_head = operands
-    kept = _kept(hidden, impl, kind, keep or keep_head)
+    kept = kept_part(hidden, tensors[0], impl, kind, keep, keep_head)
     kernel = backend.resolve(kept or _name(kind), impl, hidden)
     numbers = scale, softcap, drop, chunk_rows, *((penalty,) if kind == "ce" else ())  # the others take no penalty
     with torch.autocast(hidden.device.type, enabled=False):
@@ -249,12 +246,13 @@ def _name(kind: str) -> str:
     return {"ce": "token_loss.tiled", "logit_margin": "token_loss.logit_margin"}.get(kind, "token_loss")
 
 
-def _kept(hidden: Tensor, impl: str, kind: str, keep: bool) -> str:
-    """Return the name of the part that keeps dl/dh, if the chosen implementation has it, else ""."""
-    if kind in TILED_KINDS or not keep:
+def kept_part(hidden: Tensor, head: Tensor, impl: str, kind: str, keep: bool, keep_head: bool) -> str:
+    """Return the name of the part that keeps dl/dh, else ""; Triton's `token_loss_kept` says what it cannot keep."""
+    if kind in TILED_KINDS or not (keep or keep_head):
         return ""
     chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype)
-    return _KEPT if backend.has(_KEPT, chosen, hidden.device.type) else ""
+    able = chosen != "triton" or (keep and kind != "kl" and not hidden.dtype == head.dtype == torch.float16)
+    return _KEPT if able and backend.has(_KEPT, chosen, hidden.device.type) else ""
 
 
 @_token_loss.register_fake
@@ -264,7 +262,7 @@ def _(*operands: Any) -> tuple[Tensor, ...]:
     hidden = tensors.hidden
     loss = hidden.new_empty(tensors.labels.shape, dtype=_wide(hidden, tensors.head))
     pair, kept = loss.new_empty(2, *loss.shape), [hidden.new_empty(0) for _ in range(4)]
-    if _kept(hidden, impl, formula.kind, keep or keep_head):
+    if kept_part(hidden, tensors.head, impl, formula.kind, keep, keep_head):
         kept = backend.resolve("token_loss.room", impl, hidden)(tensors, formula.kind, keep, keep_head)
     return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
@@ -352,7 +350,9 @@ native.register(_KEPT, "moe_unlearn.ops.native.token_loss:forward_kept")
 native.register("token_loss.room", "moe_unlearn.ops.native.token_loss:room")
 native.register("token_loss.head", "moe_unlearn.ops.native.token_loss:head_gradient_")
 backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss")
-backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
+backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss_backward:token_loss_backward")
+backend.register(_KEPT, "triton", "moe_unlearn.triton_kernels.token_loss_kept:token_loss_kept")
+backend.register("token_loss.room", "triton", "moe_unlearn.triton_kernels.token_loss_kept:room")
 
 
 def _check(operands: Operands, formula: Formula) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from moe_unlearn import native
 from moe_unlearn.config import Recipe
-from moe_unlearn.ops import costs
+from moe_unlearn.ops import Head, Reference, costs, token_loss
 from moe_unlearn.plan import costs as joined
+from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch
 from tests.support.models import TINY_MODELS
@@ -78,3 +79,22 @@ def test_a_plan_needs_no_library(monkeypatch):
     plan = planned()
     assert not any("not rehearsed" in note for note in plan.notes), plan.notes
     assert plan.flops["token_loss_backward"] and plan.largest["workspace"]
+
+
+@pytest.mark.parametrize(
+    "kind, trains, products", [("nll", False, 2), ("uce", False, 2), ("nll", True, 4), ("kl", False, 5)]
+)
+def test_triton_multiplies_a_frozen_head_twice_within_a_gigabyte(kind, trains, products):
+    """At 8192 tokens, hidden size 2048 and 151,936 entries; the inputs and a head's gradient are not counted."""
+    pytest.importorskip("triton")
+    rehearsal, shapes = Rehearsal(torch.device("cpu")), ((8192, 2048), (151_936, 2048))
+    h, head = (rehearsal.empty(shape, torch.bfloat16).requires_grad_() for shape in shapes)
+    labels = rehearsal.empty((8192,), torch.int64)
+    head.requires_grad_(trains)
+    reference = Reference(rehearsal.empty(shapes[0], torch.bfloat16)) if kind == "kl" else None
+    with rehearsal:
+        token_loss(h, Head(head), labels, kind=kind, reference=reference, impl="triton").sum().backward()
+    taken = sum(rehearsal.ledger.peak().values()) - trains * head.numel() * head.itemsize
+    assert 300 * 10**6 < taken <= 10**9
+    flops = sum(count for name, count in rehearsal.flops.items() if name.startswith("token_loss"))
+    assert flops == products * 2 * 8192 * 2048 * 151_936

@@ -131,3 +131,16 @@ def test_tiles_fit_together_and_the_workspace_is_bounded():
         assert config.chunk * rows * dtype.itemsize <= max(2**29, 1024 * rows * dtype.itemsize)
         splits = -(-151_936 // config.logits.columns) / config.tiles_per_split
         assert 20 * splits * rows <= max(2**27, 20 * 600 * rows / config.tiles_per_split)
+
+
+def test_exponentials_that_are_kept_fit_in_300_mb():
+    for rows, vocabulary, dtype, arch, long in itertools.product(
+        (1, 64, 65, 1000, 8192, 2**17), (97, 50_304, 151_936), (BF16, F32), configs.ARCHITECTURES, (False, True)
+    ):
+        config = configs.token_loss(rows, vocabulary, dtype, arch, False, long, True, True)
+        tile = config.logits
+        columns = -(-vocabulary // tile.columns) * tile.columns
+        assert config.kept_rows * columns * dtype.itemsize <= configs.KEPT_BYTES == 300 * 2**20
+        # a run of rows is whole tiles of both products, and long enough not to wait for the head
+        assert config.kept_rows % tile.rows == 0 == config.kept_rows % config.grad_hidden.rows
+        assert config.kept_rows >= min(rows, 448) and tile.columns % config.slices == 0

@@ -38,6 +38,8 @@ def token_loss(patch: pytest.MonkeyPatch, arch: int = 90) -> None:
             chunk=64,
             split_tiles=12,
             splits=2,
+            kept_rows=32,
+            kept_splits=2,
             merge_rows=16,
             merge_splits=2,
         )

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_unlearn import native
 from moe_unlearn.ops.costs.cost import Cost
-from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, _TEMPORARIES, IGNORED, TILED_KINDS, WORKSPACE_BYTES
+from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, _TEMPORARIES, IGNORED, TILED_KINDS, WORKSPACE_BYTES, kept_part
+from moe_unlearn.triton_kernels import configs
 
 
 def flops(rows: int, head: int, products: float) -> float:
@@ -30,10 +31,18 @@ def bytes_moved(head: int, element: int, *, trains: bool) -> int:
 
 
 def _forward_flops(
-    *, labels: Tensor, head: Tensor, ref_hidden: Tensor | None, kind: str, keep: bool, **_: object
+    *,
+    impl: str,
+    hidden: Tensor,
+    labels: Tensor,
+    head: Tensor,
+    ref_hidden: Tensor | None,
+    kind: str,
+    keep: bool,
+    **_: object,
 ) -> float:
-    kept = bool(keep) and kind not in TILED_KINDS
-    return flops(_counted_rows(labels), head.numel(), _sides(ref_hidden) + kept)
+    kept = kept_part(hidden, head, impl, kind, keep, False)
+    return flops(_counted_rows(labels), head.numel(), _sides(ref_hidden) + bool(kept))
 
 
 def _backward_flops(
@@ -70,8 +79,10 @@ def _forward_space(
     hidden: Tensor,
     head: Tensor,
     labels: Tensor,
+    bias: Tensor | None,
     ref_hidden: Tensor | None,
     kind: str,
+    softcap: float | None,
     keep: bool,
     **_: object,
 ) -> int:
@@ -82,7 +93,9 @@ def _forward_space(
     rows, (vocabulary, width), sides = _counted_rows(labels), head.shape, _sides(ref_hidden)
     impl = "ref" if kind in TILED_KINDS else impl
     if impl == "triton":
-        return sides * len(labels) * width * hidden.itemsize
+        kept = kept_part(hidden, head, impl, kind, keep, False)
+        gathered = sides * len(labels) * width * hidden.itemsize
+        return gathered + bool(kept) * _kept_space(hidden, head, bias, softcap)
     if impl == "ref":
         return _tiled_space(rows, vocabulary, width, sides)
     tile, dense = native.token_loss_tiles(), not _pairs(hidden, head)
@@ -92,6 +105,26 @@ def _forward_space(
     return 4 * tasks * (keys + sides * tile.entries * tile.tokens) + 8 * rows
 
 
+def _kept_space(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None) -> int:
+    """Return the bytes that Triton's kernels take to keep dl/dh beside the gathered rows.
+
+    They are exponentials of some rows, sums of their products, and three numbers of each split of the vocabulary.
+    """
+    (tokens, width), vocabulary = hidden.shape, len(head)
+    dtype = hidden.dtype if hidden.dtype == head.dtype else torch.float32
+    long = softcap is not None or bias is not None
+    # as on sm_90, whose tiles take about as much as the others'
+    tiles = configs.token_loss(tokens, vocabulary, dtype, 90, False, long, True, True)
+    columns = -(-vocabulary // tiles.logits.columns)
+    splits = -(-columns // tiles.tiles_per_split)
+    exponentials = dtype.itemsize * columns * tiles.logits.columns
+    sums = tiles.grad_hidden
+    parts = -(-tiles.kept_rows // sums.rows) * -(-width // sums.columns)
+    parts = max(parts, min(parts * tiles.kept_splits, tiles.split_tiles))
+    space: int = tiles.kept_rows * (exponentials + 12 * splits) + 4 * parts * sums.rows * sums.columns
+    return space
+
+
 def _backward_space(
     *,
     impl: str,
@@ -99,6 +132,7 @@ def _backward_space(
     head: Tensor,
     labels: Tensor,
     ref_hidden: Tensor | None,
+    direction: Tensor,
     kind: str,
     needs_hidden: bool,
     **others: Any,
@@ -107,10 +141,13 @@ def _backward_space(
     rows, (vocabulary, width), sides = _counted_rows(labels), head.shape, _sides(ref_hidden)
     tokens, impl = len(labels), "ref" if kind in TILED_KINDS else impl
     if impl == "triton":
+        sums = needs_hidden and not direction.numel()
+        if not (sums or others["needs_head"] or others["needs_bias"]):
+            return 0
         gathered = sides * tokens * width * hidden.itemsize
         # a row of dl/dz takes 32 KiB, less from 16,384 tokens on, and never more than the whole vocabulary
         row = min(2**15, max(2**29 // max(tokens, 1), 1024 * hidden.itemsize), vocabulary * hidden.itemsize)
-        return gathered + needs_hidden * 4 * tokens * width + tokens * row
+        return gathered + sums * 4 * tokens * width + tokens * row
     if impl == "ref":
         return _tiled_space(rows, vocabulary, width, sides) + 4 * rows * width
     space = 0 if hidden.dtype == torch.float32 else 4 * hidden.numel()
