@@ -4,16 +4,20 @@ A tile's sides, registers and shared memory are those of the newest Triton of th
 that a multiprocessor holds. CUDA's come from its header. Bytes are those that must move: every operand once.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
+
+import torch
 
 from benchmarks import stamp
 from benchmarks.model.gpus import Gpu
 from benchmarks.model.times import MMA_ON_HOPPER, Kernel, Problem, Product, Stream, Tile
 from benchmarks.shapes import Geometry, routing
 from moe_unlearn.regress import ledger
+from moe_unlearn.triton_kernels import configs
 
 # what the sides of a tile are called in the kernels: rows, columns and the step through the depth
 _SIDES = (
@@ -22,7 +26,7 @@ _SIDES = (
     ("ROWS", "COLUMNS", "DEPTH"),
 )
 _RESERVED = 1024  # bytes of shared memory that a block takes for itself
-_DLOGITS = "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3"
+_HIDDEN_SUMS = "token_loss_backward/_hidden_sums_kernel/token_loss: nll, kept, qwen3"
 # bytes that AdamW with moments in bfloat16 moves for a weight: weight and both moments in and out, one bit of mask
 UPDATE = 6 * 2 + 1 / 8
 
@@ -176,29 +180,33 @@ def route(layer: Layer) -> list[Kernel]:
 
 
 def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kernel]:
-    """Return the launches of `token_loss`, nll with a frozen head, forward and backward."""
+    """Return the launches of `token_loss`, nll with a frozen head, forward and backward; no row is computed again."""
     h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
-    logits = compiled(gpu, "token_loss/_partials_kernel/nll, qwen3", persistent=False, loads=2)
-    again = compiled(gpu, _DLOGITS, persistent=False, loads=2)
-    entry = "token_loss_backward/_hidden_sums_kernel/token_loss: nll, qwen3"
-    into_hidden = compiled(gpu, entry, persistent=False, loads=1)
-    chunk = int(re.search(r"CHUNK=(\d+)", _entries(gpu.architecture)[_DLOGITS]["config"])[1])
-    gather = [Stream("select", 12.0 * tokens, loads=3), Stream("gather", 2 * h, loads=2)]
+    logits = compiled(gpu, "token_loss/_partials_kernel/nll, kept, qwen3", persistent=False, loads=3)
+    into_hidden = compiled(gpu, _HIDDEN_SUMS, persistent=False, loads=1)
+    arch = configs.tiles_of(int(gpu.architecture.removeprefix("sm_")))
+    config = configs.token_loss(tokens, vocabulary, torch.bfloat16, arch, False, False, True, True)
     found: list[Kernel] = [
-        *gather,
-        Product("logits", logits, [Problem(tokens, vocabulary, hidden)], 0, h + head, special=1),
-        Stream("merge", 4.0 * tokens * 16, loads=4),
-        *gather,
+        Stream("select", 12.0 * tokens, loads=3),
+        Stream("gather", 2 * h, loads=2),
+        Stream("logits of labels", 2 * h, loads=3),
     ]
-    for first in range(0, vocabulary, chunk):
-        columns = min(chunk, vocabulary - first)
-        d_logits, part, sums = 2.0 * tokens * columns, head * columns / vocabulary, 2 * h
-        once = Problem(tokens, columns, hidden), Problem(tokens, hidden, columns)
+    for first in range(0, tokens, config.kept_rows):
+        rows = min(config.kept_rows, tokens - first)
+        exponentials, part = 2.0 * rows * vocabulary, h * rows / tokens
+        tiles = math.ceil(rows / into_hidden.rows) * math.ceil(hidden / into_hidden.columns)
+        splits = max(1, config.split_tiles // tiles)
+        sums, once = 4.0 * splits * rows * hidden, Problem(rows, hidden, vocabulary // splits, splits)
         found += [
-            Product("dl/dz", again, [once[0]], 2, h + part + d_logits, special=1),
-            Product("sums", into_hidden, [once[1]], 8 if first else 4, d_logits + part + (2 if first else 1) * sums),
+            # exponentials once for the sum; a row's factor and the rounding are no special functions
+            Product("logits", logits, [Problem(rows, vocabulary, hidden)], 2, part + head + exponentials, special=1),
+            Stream("merge", 12.0 * rows * math.ceil(vocabulary / logits.columns), loads=4),
+            Stream("nothing again", 0.0, loads=4),
+            Stream("clear", 14.0 * rows, loads=3),
+            Product("sums", into_hidden, [once], 4, exponentials + head + sums),
+            Stream("direction", sums + 8.0 * rows * hidden, loads=4),
         ]
-    return [*found, Stream("scatter", 3 * h, loads=2)]
+    return [*found, Stream("scale", 3 * h, loads=3)]
 
 
 def flops(kernels: Sequence[Kernel]) -> float:
