@@ -85,6 +85,28 @@ def test_rows_whose_loss_exceeds_the_headroom_are_computed_again(options):
     check(TRITON, inputs | {"bias": low, "labels": labels}, gradients=HIDDEN)
 
 
+@pytest.mark.quick
+def test_only_tiles_with_a_row_whose_loss_exceeds_the_headroom_are_computed_again(monkeypatch):
+    """Of two spans with a tile of rows each, the second has such a row."""
+    inputs = inputs_of(TRITON, dtype=BF16, weights=False)
+    inputs["bias"][7] = -1000.0
+    counted = (inputs["labels"] >= 0).nonzero().squeeze(1)
+    inputs["labels"] = torch.where(inputs["labels"] == 7, 8, inputs["labels"])
+    inputs["labels"][counted[-1]] = 7
+    written, fold = [], token_loss_kept.fold
+
+    def watched(loss, rows, config, partials, first, kept, peaks=None):
+        if peaks is not None:
+            partials.fill_(torch.nan)
+        fold(loss, rows, config, partials, first, kept, peaks)
+        if peaks is not None:
+            written.append(bool(partials.isfinite().any()))
+
+    monkeypatch.setattr(token_loss_kept, "fold", watched)
+    loss_of(inputs)
+    assert len(counted) > 32 and written == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["nll", "uce"])
 def test_a_confident_row_keeps_a_gradient_as_exact_as_any(kind):
     """The label's probability is nearly 1: its two parts in the gradient nearly cancel."""
