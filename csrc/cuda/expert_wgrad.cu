@@ -2,6 +2,7 @@
 
 #include "cuda/expert_wgrad.cuh"
 
+#include "cuda/hopper_binding.h"
 #include "cuda/operands.h"
 
 namespace moe_unlearn {
@@ -20,14 +21,6 @@ Factors factors(
   return {factor(grad, grad_rows), factor(input, input_rows), indices(bounds), bounds.size(0)};
 }
 
-void check_support(cudaError_t error) {
-  STD_TORCH_CHECK(
-      error != cudaErrorNotSupported,
-      "expert_wgrad in CUDA needs a Hopper GPU, a library compiled for sm_90a, factors with rows at 16-byte "
-      "addresses and as many columns as 8 divides");
-  check(error);
-}
-
 void expert_wgrad_(
     const Tensor& out, const Tensor& grad, const Tensor& input, const Tensor& bounds,
     const std::optional<Tensor>& grad_rows, const std::optional<Tensor>& input_rows,
@@ -35,7 +28,8 @@ void expert_wgrad_(
   const OnDevice device(out);
   out.mutable_data_ptr();
   const WgradStore store{rows_of(out), rows_of(mask), accumulate};
-  check_support(expert_wgrad(factors(grad, input, bounds, grad_rows, input_rows), store, device.stream()));
+  const Factors f = factors(grad, input, bounds, grad_rows, input_rows);
+  check_support("expert_wgrad", expert_wgrad(f, store, device.stream()));
 }
 
 void expert_wgrad_sgd_(
@@ -50,8 +44,8 @@ void expert_wgrad_sgd_(
   Operands o = operands_of(weight, rows, mask, master, experts, update);
   o.state[0] = state_of(momentum_buffer);
   const Sgd rule(lr, momentum, grad_scale, weight_decay, nesterov, step);
-  check_support(
-      expert_wgrad_update(factors(grad, input, bounds, grad_rows, input_rows), o, rule, device.stream()));
+  const Factors f = factors(grad, input, bounds, grad_rows, input_rows);
+  check_support("expert_wgrad", expert_wgrad_update(f, o, rule, device.stream()));
 }
 
 void expert_wgrad_adamw_(
@@ -66,8 +60,8 @@ void expert_wgrad_adamw_(
   Operands o = operands_of(weight, rows, mask, master, experts, update);
   o.state[0] = state_of(exp_avg), o.state[1] = state_of(exp_avg_sq);
   const AdamW rule(decay, beta1, beta2, root_correction, eps, step_size);
-  check_support(
-      expert_wgrad_update(factors(grad, input, bounds, grad_rows, input_rows), o, rule, device.stream()));
+  const Factors f = factors(grad, input, bounds, grad_rows, input_rows);
+  check_support("expert_wgrad", expert_wgrad_update(f, o, rule, device.stream()));
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ struct Wgrad {
   };
 
   struct Barriers {
-    uint64_t full[stages], empty[stages];
+    hopper::Ring<stages> ring;
     uint64_t turn[2];  // of the consumers
     int64_t step[2];   // where a consumer's turn begins in the ring
   };
@@ -156,10 +156,6 @@ struct Wgrad {
   static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
     constexpr int lag = 2;  // stages between a copy and the word that it is there
     int64_t step = 0;
-    const auto publish = [&](int64_t done) {
-      hopper::fence_writes();
-      hopper::arrive(barriers.full[done % stages]);
-    };
     for (int64_t index = group.block(); index < a.plan.tiles; index += group.blocks()) {
       const auto tile = a.plan.tile(index);
       if (count_steps(group, a, tile) == 0) continue;
@@ -167,21 +163,21 @@ struct Wgrad {
       Source grad(a.f.grad, group.thread(), tile.row), input(a.f.input, group.thread(), tile.column);
       grad.find_rows(start, stop), input.find_rows(start, stop);
       for (int64_t first = start; first < stop; first += depth, ++step) {
-        const int stage = static_cast<int>(step % stages);
-        hopper::wait(barriers.empty[stage], static_cast<uint32_t>(step / stages & 1) ^ 1);
+        const int stage = barriers.ring.stage(step);
+        barriers.ring.wait_until_empty(step);
         const uint32_t to = memory + stage * WgradPlan::stage_bytes;
         const bool whole = stop - first >= depth;
-        grad.copy(to, whole, first, barriers.full[stage]);
-        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.full[stage]);
+        grad.copy(to, whole, first, barriers.ring.full[stage]);
+        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.ring.full[stage]);
         hopper::commit_copies();
         // the next stage's rows are looked up while this one's copies are on their way
         grad.find_rows(first + depth, stop), input.find_rows(first + depth, stop);
         hopper::wait_for_copies<lag>();
-        if (step >= lag) publish(step - lag);
+        if (step >= lag) barriers.ring.publish(step - lag);
       }
     }
     hopper::wait_for_copies<0>();
-    for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) publish(done);
+    for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) barriers.ring.publish(done);
   }
 
   /// sum = the tile's dW, from the stages of step and the following.
@@ -191,9 +187,9 @@ struct Wgrad {
     for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
     for (const int64_t last = step + steps; step < last; ++step) {
-      const int stage = static_cast<int>(step % stages);
-      hopper::wait(barriers.full[stage], static_cast<uint32_t>(step / stages & 1));
-      const uint32_t grad = memory + stage * WgradPlan::stage_bytes, input = grad + WgradPlan::factor_bytes;
+      barriers.ring.wait_until_full(step);
+      const uint32_t grad = memory + barriers.ring.stage(step) * WgradPlan::stage_bytes;
+      const uint32_t input = grad + WgradPlan::factor_bytes;
       hopper::begin_products();
       MOE_UNLEARN_UNROLL
       for (int k = 0; k < depth; k += 16) {
@@ -204,10 +200,10 @@ struct Wgrad {
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (leader && step > last - steps) hopper::arrive(barriers.empty[(step - 1) % stages]);
+      if (leader && step > last - steps) barriers.ring.release(step - 1);
     }
     hopper::wait_for_products<0>();
-    if (leader && steps > 0) hopper::arrive(barriers.empty[(step - 1) % stages]);
+    if (leader && steps > 0) barriers.ring.release(step - 1);
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 
@@ -224,7 +220,6 @@ struct Wgrad {
     for (int64_t index = group.block() + self * group.blocks(); index < a.plan.tiles; index += 2 * group.blocks()) {
       const auto tile = a.plan.tile(index);
       const int64_t steps = count_steps(group, a, tile);
-      // stages are told apart by the parity of their uses: nobody may wait for one before its turn
       hopper::wait(barriers.turn[self], turn++ & 1);
       const int64_t step = barriers.step[self];
       multiply(sum, step, steps, memory, barriers, lane == 0);
@@ -263,8 +258,7 @@ struct Wgrad {
     unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
     auto& barriers = *reinterpret_cast<Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
     if (group.thread() == 0) {
-      for (uint64_t& full : barriers.full) hopper::init_barrier(full, WgradPlan::warpgroup);
-      for (uint64_t& empty : barriers.empty) hopper::init_barrier(empty, WgradPlan::warpgroup / warp_size);
+      barriers.ring.init(WgradPlan::warpgroup, WgradPlan::warpgroup / warp_size);
       for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, WgradPlan::warpgroup);
       barriers.step[0] = 0;
       hopper::fence_barriers();
@@ -294,8 +288,8 @@ cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t strea
   if (device.capability != 90 || !compiled || !f.grad.fits() || !f.input.fits()) return cudaErrorNotSupported;
   for (Factor* const factor : {&f.grad, &f.input}) {
     if (!factor->can_be_boxed()) continue;
-    error = hopper::make_boxes(
-        factor->boxes, factor->data, factor->height, factor->columns, factor->stride, WgradPlan::depth);
+    const Matrices rows{factor->data, factor->height, factor->columns, factor->stride};
+    error = hopper::make_boxes(factor->boxes, rows, WgradPlan::depth);
     if (error != cudaSuccess) return error;
     factor->boxed = true;
   }

@@ -1,5 +1,5 @@
 // The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, copies of gathered rows and
-// of whole boxes, and the tensor cores' wgmma on tiles that lie [depth, 64] in shared memory. sm_90a only; an
+// of whole boxes, and the tensor cores' wgmma on tiles of blocks that lie [rows, 64] in shared memory. sm_90a only; an
 // emulation has the same names.
 
 #pragma once
@@ -12,8 +12,9 @@
 
 namespace moe_unlearn {
 
-/// A tile of bfloat16 [depth, 64 * blocks] whose rows run along the depth, in blocks of 64 columns: a row of a block
-/// is 128 bytes, whose 16-byte pieces are swapped by the row's number so that 8 rows lie in different banks.
+/// A tile of bfloat16 [rows, 64 * blocks], in blocks of 64 columns: a row of a block is 128 bytes, whose 16-byte pieces
+/// are swapped by the row's number so that 8 rows lie in different banks. A product's depth runs along the rows, or
+/// along the columns of one block.
 struct SwappedTile {
   static constexpr int block_columns = 64, row_bytes = 128;
 
@@ -28,6 +29,18 @@ struct SwappedTile {
     const uint64_t blocks = depth * row_bytes >> 4, groups = 8 * row_bytes >> 4;
     return (address & 0x3FFFF) >> 4 | blocks << 16 | groups << 32 | uint64_t{1} << 62;
   }
+
+  /// The same of 16 columns at `address`, which the depth runs along: groups of 8 rows stand one after the other.
+  static MOE_UNLEARN_HOST_DEVICE uint64_t operand_by_row(uint32_t address) {
+    return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{8 * row_bytes >> 4} << 32 | uint64_t{1} << 62;
+  }
+};
+
+/// Matrices of bfloat16 from which boxes are copied; all strides in elements and multiples of 8.
+struct Matrices {
+  const uint16_t* data;
+  int64_t rows, columns, stride;
+  int64_t count = 0, apart = 0;  // 0: one matrix, whose boxes have no third coordinate
 };
 
 }  // namespace moe_unlearn
@@ -96,9 +109,8 @@ MOE_UNLEARN_DEVICE void wait_for_copies() {
 /// A matrix of bfloat16 from which boxes of [rows of a box, 64] are copied.
 using Boxes = CUtensorMap;
 
-/// `stride` in elements, a multiple of 8; `data` at a 16-byte address; libcuda is found at run time.
-inline cudaError_t make_boxes(
-    Boxes& boxes, const uint16_t* data, int64_t rows, int64_t columns, int64_t stride, int rows_of_a_box) {
+/// `data` at a 16-byte address; libcuda is found at run time.
+inline cudaError_t make_boxes(Boxes& boxes, const Matrices& from, int rows_of_a_box) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
@@ -109,14 +121,16 @@ inline cudaError_t make_boxes(
 #endif
   if (error != cudaSuccess) return error;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[] = {SwappedTile::block_columns, static_cast<cuuint32_t>(rows_of_a_box)}, every[] = {1, 1};
+  const auto size = [](int64_t of) { return static_cast<cuuint64_t>(of); };
+  const cuuint64_t sizes[] = {size(from.columns), size(from.rows), size(from.count)};
+  const cuuint64_t strides[] = {size(from.stride) * 2, size(from.apart) * 2};
+  const cuuint32_t box[] = {SwappedTile::block_columns, static_cast<cuuint32_t>(rows_of_a_box), 1};
+  const cuuint32_t every[] = {1, 1, 1};
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   const CUresult result = encode(
-      &boxes, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), sizes, strides, box, every,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &boxes, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, from.count > 0 ? 3 : 2, const_cast<uint16_t*>(from.data), sizes,
+      strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -126,6 +140,15 @@ MOE_UNLEARN_DEVICE void load_box(uint32_t to, const Boxes& boxes, int column, in
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(to), "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+/// The same from one of several matrices.
+MOE_UNLEARN_DEVICE void load_box(
+    uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(to), "l"(&boxes), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(&barrier))
       : "memory");
 }
 
@@ -140,9 +163,10 @@ MOE_UNLEARN_DEVICE void wait_for_products() {
 }
 
 /// The compiler moves no use of d across this: products write it until they have been waited for.
-MOE_UNLEARN_DEVICE void fence_uses(float (&d)[64]) {
+template <int size>
+MOE_UNLEARN_DEVICE void fence_uses(float (&d)[size]) {
   MOE_UNLEARN_UNROLL
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < size; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 /// d [64, 128] += a^T [64, 16] b [16, 128] by a warpgroup; a and b as `operand` describes them.
@@ -169,6 +193,57 @@ MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
       : "l"(a), "l"(b));
 }
 
+/// d [64, 256] += a [64, 16] b^T by a warpgroup: a as `operand_by_row` describes it, and b [256, 16] too if
+/// `right_by_row`, else b^T [16, 256] as `operand` does.
+template <bool right_by_row>
+MOE_UNLEARN_DEVICE void multiply_wide(float (&d)[128], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred p; setp.eq.b32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,"
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p, 1, 1, 0, %130; }\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+        "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
+        "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+        "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]),
+        "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]),
+        "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),
+        "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]),
+        "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]),
+        "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]),
+        "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]),
+        "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
+        "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "n"(right_by_row ? 0 : 1));
+}
+
+/// Two floats to the nearest bfloat16 numbers, the first in the lower half.
+MOE_UNLEARN_DEVICE uint32_t narrow_pair(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+/// 1 / (1 + exp(-v)), to a few of float32's last places.
+MOE_UNLEARN_DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+
 template <int registers>
 MOE_UNLEARN_DEVICE void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
@@ -190,3 +265,31 @@ cudaError_t is_compiled(bool& compiled, int registers) {
 }  // namespace moe_unlearn::hopper
 
 #endif
+
+namespace moe_unlearn::hopper {
+
+/// Stages in shared memory that producers fill and consumers empty, told apart by the parity of their uses: nobody may
+/// wait for one before its turn. Steps count from 0 on.
+template <int stages>
+struct Ring {
+  uint64_t full[stages], empty[stages];
+
+  MOE_UNLEARN_DEVICE void init(int producers, int consumers) {
+    for (uint64_t& barrier : full) init_barrier(barrier, producers);
+    for (uint64_t& barrier : empty) init_barrier(barrier, consumers);
+  }
+
+  MOE_UNLEARN_DEVICE static int stage(int64_t step) { return static_cast<int>(step % stages); }
+  MOE_UNLEARN_DEVICE static uint32_t parity(int64_t step) { return static_cast<uint32_t>(step / stages & 1); }
+
+  MOE_UNLEARN_DEVICE void wait_until_empty(int64_t step) { wait(empty[stage(step)], parity(step) ^ 1); }
+  MOE_UNLEARN_DEVICE void wait_until_full(int64_t step) { wait(full[stage(step)], parity(step)); }
+  /// What this thread has copied by itself must have landed.
+  MOE_UNLEARN_DEVICE void publish(int64_t step) {
+    fence_writes();
+    arrive(full[stage(step)]);
+  }
+  MOE_UNLEARN_DEVICE void release(int64_t step) { arrive(empty[stage(step)]); }
+};
+
+}  // namespace moe_unlearn::hopper

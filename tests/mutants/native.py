@@ -28,7 +28,11 @@ TESTS = ROOT / "tests" / "native"
 FLAGS = "-std=c++20 -O1 -g0 -w -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000".split()
 FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 # the tests of an op's CUDA kernels in emulated threads, all in one file
-EMULATED = {"expert_wgrad": "test_wgrad", "weight_score": "test_weight_score or test_ties_across"}
+EMULATED = {
+    "expert_mlp": "test_mlp",
+    "expert_wgrad": "test_wgrad",
+    "weight_score": "test_weight_score or test_ties_across",
+}
 # sources of products that only some processors widen unless asked to
 WIDENED = ("widened_product", "widened_tile", "matmul", "expert_mlp", "expert_wgrad")
 

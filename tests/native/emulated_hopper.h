@@ -105,25 +105,32 @@ inline void fence_writes() {
 
 struct Boxes {
   const uint16_t* data;
-  int64_t rows, columns, stride;
+  int64_t rows, columns, stride, count, apart;
   int rows_of_a_box;
 };
 
-inline cudaError_t make_boxes(
-    Boxes& boxes, const uint16_t* data, int64_t rows, int64_t columns, int64_t stride, int rows_of_a_box) {
-  boxes = {data, rows, columns, stride, rows_of_a_box};
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-  const bool right = aligned && rows > 0 && columns > 0 && stride >= columns && rows_of_a_box <= 256;
-  return right ? cudaSuccess : cudaErrorInvalidValue;
+template <class Matrices>
+cudaError_t make_boxes(Boxes& boxes, const Matrices& from, int rows_of_a_box) {
+  boxes = {from.data, from.rows, from.columns, from.stride, from.count, from.apart, rows_of_a_box};
+  const bool aligned = reinterpret_cast<uintptr_t>(from.data) % 16 == 0 && (from.stride | from.apart) % 8 == 0;
+  const bool sized = from.rows > 0 && from.columns > 0 && from.stride >= from.columns;
+  return aligned && sized && rows_of_a_box <= 256 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
-  const auto copy = [block = current->block, to, boxes, column, row, &barrier] {
+/// The element of a matrix, 0 beyond it.
+inline uint16_t element(const Boxes& from, int64_t matrix, int64_t row, int64_t column) {
+  const bool there = matrix >= 0 && matrix < std::max<int64_t>(from.count, 1);
+  const bool inside = row >= 0 && row < from.rows && column >= 0 && column < from.columns;
+  return there && inside ? from.data[matrix * from.apart + row * from.stride + column] : 0;
+}
+
+inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  if (boxes.count == 0) emulation::failure = "a third coordinate of one matrix";
+  const auto copy = [block = current->block, to, boxes, column, row, matrix, &barrier] {
     if (to % 128 != 0) emulation::failure = "a box that is not aligned";
     for (int i = 0; i < boxes.rows_of_a_box; ++i)
       for (int j = 0; j < 64; ++j) {
-        const bool inside = row + i < boxes.rows && column + j < boxes.columns;
-        const uint16_t value = inside ? boxes.data[(row + i) * boxes.stride + column + j] : 0;
+        const uint16_t value = element(boxes, matrix, row + i, column + j);
         memcpy(seen(*block, swapped(to + i * 128 + j * 2), 2), &value, 2);
       }
     change(barrier, [&](Phase& phase) { phase.bytes -= boxes.rows_of_a_box * 128; });
@@ -134,34 +141,56 @@ inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint6
     emulation::in_flight.emplace_back(copy);
 }
 
+inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
+  Boxes one = boxes;
+  if (std::exchange(one.count, 1) != 0) emulation::failure = "boxes of several matrices without a third coordinate";
+  load_box(to, one, column, row, 0, barrier);
+}
+
 // ---- Products ------------------------------------------------------------------------------------------------
 
-/// An operand's element, by its descriptor: rows of M (or N) in blocks of 64 that lie along it ("MN-major"), columns
-/// of K in groups of 8.
-inline float element(emulation::Block& block, uint64_t descriptor, int mn, int k) {
+/// An operand's element, by its descriptor. Depth along the rows of a swapped tile is "MN-major": M (or N) in blocks of
+/// 64, K in groups of 8. Depth along 16 of its columns is "K-major": M (or N) in groups of 8.
+template <bool by_row>
+float element(emulation::Block& block, uint64_t descriptor, int mn, int k) {
   const auto bytes = [&](int from) { return static_cast<uint32_t>(descriptor >> from & 0x3FFF) << 4; };
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) emulation::failure = "another kind of descriptor";
   const uint32_t leading = bytes(16), stride = bytes(32);
-  const uint32_t address = bytes(0) + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2;
+  const uint32_t place = by_row ? mn / 8 * stride + mn % 8 * 128 + k * 2
+                                : mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2;
   uint16_t value;
-  memcpy(&value, seen(block, swapped(address), 2), 2);
+  memcpy(&value, seen(block, swapped(bytes(0) + place), 2), 2);
   return widen<Dtype::bfloat16>(value);
 }
 
-/// wgmma.m64n128k16: this thread's part of d += a^T b.
-inline void multiply(float (&d)[64], uint64_t a, uint64_t b) {
+/// wgmma of m64 k16 and 2 * size columns: this thread's part of d += a b.
+template <bool left_by_row, bool right_by_row, int size>
+void multiply_any(float (&d)[size], uint64_t a, uint64_t b) {
   const auto product = [block = current->block, thread = current->thread % 128, d = &d[0], a, b] {
     const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
     for (int k = 0; k < 16; ++k) {
-      const float left[] = {element(*block, a, row, k), element(*block, a, row + 8, k)};
-      for (int j = 0; j < 32; ++j) {
-        const float right = element(*block, b, j / 2 * 8 + column + j % 2, k);
+      const float left[] = {element<left_by_row>(*block, a, row, k), element<left_by_row>(*block, a, row + 8, k)};
+      for (int j = 0; j < size / 2; ++j) {
+        const float right = element<right_by_row>(*block, b, j / 2 * 8 + column + j % 2, k);
         for (int half = 0; half < 2; ++half) d[j / 2 * 4 + half * 2 + j % 2] += left[half] * right;
       }
     }
   };
   current->products.open.emplace_back(product);
 }
+
+inline void multiply(float (&d)[64], uint64_t a, uint64_t b) { multiply_any<false, false>(d, a, b); }
+
+template <bool right_by_row>
+void multiply_wide(float (&d)[128], uint64_t a, uint64_t b) {
+  multiply_any<true, right_by_row>(d, a, b);
+}
+
+inline uint32_t narrow_pair(float first, float second) {
+  return narrow<Dtype::bfloat16>(first) | narrow<Dtype::bfloat16>(second) << 16;
+}
+
+inline float sigmoid(float v) { return 1 / (1 + std::exp(-v)); }
 
 inline void begin_products() {}
 
@@ -179,7 +208,8 @@ void wait_for_products() {
   emulation::meet(current->block->warps[current->thread / 32].barrier);
 }
 
-inline void fence_uses(float (&)[64]) {}
+template <int size>
+void fence_uses(float (&)[size]) {}
 
 template <int>
 void increase_registers() {}

@@ -25,6 +25,7 @@ const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated l
 #define moe_unlearn_native moe_unlearn_emulated
 #define CUDA CPU
 
+#include "cuda/expert_mlp.cu"
 #include "cuda/expert_wgrad.cu"
 #include "cuda/masked_update.cu"
 #include "cuda/retain_weights.cu"

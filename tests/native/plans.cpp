@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "cuda/expert_mlp.cuh"
 #include "cuda/expert_wgrad.cuh"
 #include "cuda/masked_update.cuh"
 #include "cuda/retain_weights.cuh"
@@ -153,12 +154,53 @@ void check_arithmetic_dtype() {
   CHECK(arithmetic_dtype(o) == Dtype::float32);
 }
 
+/// Every tile of every segment is found once, and those that follow one another share weights, then rows.
+void check_product() {
+  const Device h200{132, 227 * 1024, 90};
+  const std::vector<int32_t> offsets{0, 0, 1, 129, 129, 2500, 2500};  // 2 rows behind the last expert
+  const Segments segments{offsets.data(), static_cast<int32_t>(offsets.size()) - 1, 2502};
+  CHECK(segments.stop(6) == 2502 && segments.stop(5) == 2500);
+  for (const bool halves : {false, true})
+    for (const int64_t width : {8, 128, 136, 256, 520}) {
+      const ProductPlan plan(segments, width, halves, 72, h200);
+      CHECK(plan.segments == 7 && plan.steps == 2 && plan.shared_bytes() <= 227 * 1024);
+      CHECK(plan.column_tiles == (width + plan.step - 1) / plan.step && plan.distance == (halves ? width : 128));
+      std::vector<int32_t> ends, seen;
+      for (int32_t s = 0, sum = 0; s < plan.segments; ++s)
+        ends.push_back(sum += (segments.stop(s) - segments.start(s) + 127) / 128);
+      CHECK(plan.blocks == std::min(132, (20 + 7) * plan.column_tiles));
+      ProductPlan::Tile tile, before{-1, 0, 0, 0};
+      int32_t index = 0, turns = 0;
+      for (; plan.find(tile, index, ends.data(), segments); ++index) {
+        CHECK(tile.stop == segments.stop(tile.segment) && tile.first < tile.stop);
+        CHECK(tile.column_tile < plan.column_tiles);
+        CHECK((tile.first - segments.start(tile.segment)) % 128 == 0);
+        seen.push_back(tile.first * plan.column_tiles + tile.column_tile);
+        const bool same = tile.segment == before.segment && tile.column_tile == before.column_tile;
+        CHECK(same || tile.column_tile == 0 || tile.column_tile == before.column_tile + 1);
+        CHECK(!same || tile.first == before.first + 128);
+        turns += !same;
+        before = tile;
+      }
+      CHECK(index == ends.back() * plan.column_tiles);
+      CHECK(turns == (1 + 1 + 2 + 1) * plan.column_tiles || plan.column_tiles == 1);
+      std::sort(seen.begin(), seen.end());
+      CHECK(std::unique(seen.begin(), seen.end()) == seen.end());
+    }
+  const int64_t million = 1 << 20;
+  CHECK(ProductPlan::fits(4095, 128 * million, 4096, 4096) && !ProductPlan::fits(4096, 1, 8, 8));
+  CHECK(!ProductPlan::fits(1, 1, 12, 8) && !ProductPlan::fits(1, 1, 8, 12));
+  CHECK(!ProductPlan::fits(1, 4096 * million, 8, 8) && !ProductPlan::fits(1, 2000 * million, 16384, 8));
+  CHECK(ProductPlan(Segments{nullptr, 4094, 8}, 8, false, 8, h200).shared_bytes() <= 227 * 1024);
+}
+
 int main() {
   check_route();
   check_mask();
   check_moments();
   check_end_of_weights();
   check_wgrad();
+  check_product();
   check_rows();
   check_arithmetic_dtype();
   return failures != 0;

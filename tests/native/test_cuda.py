@@ -12,10 +12,13 @@ import torch
 
 from moe_unlearn.backend import Unfit
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.native import expert_mlp as mlp_glue
 from moe_unlearn.ops.native.expert_wgrad import _check_hopper
 from moe_unlearn.regress import ledger, nvcc, sass, static
-from moe_unlearn.testing import ROUTINGS, in_layout
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, in_layout, poison
 from tests.native import cuda as tool
+from tests.native import exact_mlp
+from tests.ops.expert_mlp import cases as mlp
 from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.masked_update import cases as update_cases
 from tests.ops.retain_weights import cases as weights_cases
@@ -27,6 +30,11 @@ from tests.support.impls import CPU, REF
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# what the ops of Hopper multiply by, and what copies their boxes
+HOPPER = {
+    "expert_mlp": ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "UTMALDG.3D"),
+    "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D"),
+}
 CUDA = replace(CPU, kind="cuda")  # emulated, on a machine with a GPU too: see the fixture `gpu`
 
 
@@ -52,9 +60,9 @@ def test_an_op_compiles_without_warning_spill_or_growth(op, arch, tmp_path):
         own = {name: entry for name, entry in recorded[arch].items() if name.startswith(f"{op}/")}
         found += ledger.differences(arch, own, measured)
     assert measured and not found, "\n".join(["if meant so: make ledger", *found])
-    if (op, arch) == ("expert_wgrad", "sm_90a") and importlib.util.find_spec("triton"):
+    if op in HOPPER and arch == "sm_90a" and importlib.util.find_spec("triton"):
         listing = "".join(sass.functions(tmp_path / "out").values())
-        for instruction in ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "LDGSTS", "USETMAXREG"):
+        for instruction in (*HOPPER[op], "LDGSTS", "USETMAXREG"):
             assert instruction in listing
 
 
@@ -255,3 +263,129 @@ def test_wgrad_of_an_expert_that_does_not_exist_stops_the_kernel(gpu):
     with pytest.raises(RuntimeError, match="trap"):
         gpu.expert_wgrad_sgd_(weight, None, None, *made[:2], bounds, None, made.input_rows, torch.tensor([9]), None,
                               0.1, 0.0, 1.0, 0.0, False, 1, False, 0, 0, 0)  # fmt: skip
+
+
+# ---- expert_mlp --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mlp_in_many_orders_of_threads(gpu, seed):
+    """A depth that ends in the first piece of a stage, behind the ring's end, and last tiles of some rows."""
+    layout = {"transposed": seed > 1, "interleaved": seed % 2 == 1, "bias": seed in (0, 3)}
+    gpu.emulate(1 + seed % 3, seed=seed)
+    exact_mlp.check(CUDA, exact_mlp.layer("sentinels", 80, 264, 136, **layout))
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 129])
+def test_mlp_of_one_expert_with_rows_around_a_tile(gpu, tokens):
+    """Consumers without a row, with one and with all of theirs."""
+    gpu.emulate(1 + tokens % 2, seed=tokens)
+    exact_mlp.check(CUDA, exact_mlp.layer("one_expert", tokens, 72, 8, top_k=1, transposed=True))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_mlp_of_several_column_tiles(gpu, interleaved):
+    gpu.emulate(2, seed=interleaved)
+    exact_mlp.check(CUDA, exact_mlp.layer("one_expert", 20, 8, 264, top_k=1, interleaved=interleaved))
+
+
+def test_mlp_activates_what_is_stored(gpu):
+    """Pre-activations beyond 256 are not all bfloat16 numbers: both passes take them as they were rounded."""
+    made = exact_mlp.layer("uniform", 7, 16, 24, experts=2, bias=True)
+    made["gate_up_bias"][:] = 256
+    exact_mlp.check(CUDA, made)
+
+
+def test_mlp_of_more_experts_than_a_block_has_threads(gpu):
+    gpu.emulate(2, seed=2)
+    exact_mlp.check(CUDA, exact_mlp.layer("uniform", 3, 8, 8, experts=500))
+
+
+def test_mlp_reads_no_row_of_others_and_nothing_beside_its_operands(gpu):
+    """Weights and rows are windows of tensors whose rest is NaN; so are the weights of experts without a row."""
+    made = exact_mlp.layer("half_empty", 60, 72, 40)
+    for name, empty in (("gate_up_proj", torch.nan), ("down_proj", torch.inf)):
+        made[name][made["expert_offsets"].diff() == 0] = empty
+    expected = exact_mlp.gold(made)
+    for name in ("hidden_states", "gate_up_proj", "down_proj", "grad_out"):
+        wide = torch.full((*made[name].shape[:-1], made[name].shape[-1] + 16), torch.nan, dtype=BF16)
+        wide[..., 8:-8] = made[name]
+        made[name] = wide[..., 8:-8]
+    grad_out = made.pop("grad_out")
+    with poison():
+        out, z = mlp.forward("cpu", **made)
+        got = exact_mlp.Results(out, z, *mlp.gradients("cpu", grad_out=grad_out, z=z, **made))
+    assert all(torch.equal(a.double(), b) for a, b in zip(got, expected, strict=True))
+
+
+def test_mlp_of_rows_that_no_expert_has(gpu):
+    """They come out as zero, whatever lies in their hidden states, weights, z and upstream gradients."""
+    made = exact_mlp.layer("sentinels", 20, 16, 24, experts=3, top_k=1, bias=True)
+    expected, used = exact_mlp.gold(made), int(made["expert_offsets"][-1])
+    away = made["sorted_rows"][used:].long()  # with one expert a token, a slot is its token
+    assert len(away) > 0
+    for name in ("hidden_states", "top_k_weights", "grad_out"):
+        made[name][away] = torch.nan
+    grad_out = made.pop("grad_out")
+    with poison():
+        out, z = mlp.forward("cpu", **made)
+        unused = z.clone()
+        unused[used:] = torch.nan
+        got = exact_mlp.Results(out, z, *mlp.gradients("cpu", grad_out=grad_out, z=unused, **made))
+    assert all(torch.equal(a.double(), b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_mlp_computes_any_part_of_its_backward(gpu, interleaved):
+    arguments = exact_mlp.layer("sentinels", 7, 8, 8, experts=2, bias=True, interleaved=interleaved)
+    grad_out = arguments.pop("grad_out")
+    z = mlp.forward("cpu", **arguments)[1]
+    whole = mlp.backward("cpu", grad_out=grad_out, z=z, **arguments)
+    for wanted in ((0,), (1,), (2,), (3,), (1, 3), (0, 1), (2, 3), ()):
+        part = mlp.backward("cpu", grad_out=grad_out, z=z, needs=[i in wanted for i in range(5)], **arguments)
+        for i in range(4):
+            assert torch.equal(part[i], whole[i]) if i in wanted else part[i].numel() == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mlp_takes_rows_and_biases_in_any_layout(gpu, layout, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    arguments = exact_mlp.layer("sentinels", 7, 16, 24, experts=3, bias=True)
+    grad_out, expected = arguments["grad_out"], exact_mlp.gold(arguments)
+    for name in ("hidden_states", "top_k_weights", "gate_up_bias", "down_bias"):
+        arguments[name] = in_layout(arguments[name], layout)
+    x, weights, rows, offsets, w1, w2, b1, b2, _, *options, _ = mlp.flat(arguments)
+    routed = weights, rows, offsets, w1, w2
+    out, z = mlp_glue.forward_cuda(x, *routed, b1, b2, *options)
+    z, grad_out = in_layout(z, layout), in_layout(grad_out, layout)
+    d_x, d_weights, dz, scaled, _ = mlp_glue.backward_cuda(grad_out, x, *routed, b2, z, *options, [True] * 5)
+    for ours, theirs in zip((out, z, d_x, d_weights, dz, scaled), expected, strict=True):
+        assert torch.equal(ours.double(), theirs)
+
+
+def test_mlp_beyond_what_the_kernel_takes_is_an_error(gpu):
+    weights, fine = torch.zeros(2, 2), torch.zeros(3, 16, 24, dtype=BF16)
+    mlp_glue.check_hopper((9, 0), weights, "silu", True, fine, fine[:1, 8:, :8])
+    for capability in ((8, 9), (10, 0)):
+        with pytest.raises(Unfit, match="compute capability 9.0"):
+            mlp_glue.check_hopper(capability, weights, "silu", True, fine)
+    for activation, gated in (("gelu", True), ("silu", False)):
+        with pytest.raises(Unfit, match=f"SwiGLU alone; got '{activation}'"):
+            mlp_glue.check_hopper((9, 0), weights, activation, gated, fine)
+    with pytest.raises(Unfit, match="float64"):
+        mlp_glue.check_hopper((9, 0), weights.double(), "silu", True, fine)
+    with pytest.raises(Unfit, match="at most 4095 experts; got 4096"):
+        mlp_glue.check_hopper((9, 0), weights, "silu", True, fine[:1, :8, :8].repeat(4096, 1, 1))
+    for bad in (fine.float(), fine[..., :20], fine[..., 4:12], fine.mT):
+        with pytest.raises(Unfit, match="sizes that 8 divides"):
+            mlp_glue.check_hopper((9, 0), weights, "silu", True, fine, bad)
+    # the launcher's own word
+    with pytest.raises(RuntimeError, match="SwiGLU alone"):
+        mlp.forward("cpu", **mlp.case(dtype=BF16, gated=False))
+    with pytest.raises(RuntimeError, match="16-byte addresses"):
+        mlp.forward("cpu", **mlp.case(hidden=20, dtype=BF16))
+    with pytest.raises(RuntimeError, match="Hopper"):
+        mlp.forward("cpu", **mlp.case(experts=4096, hidden=8, inner=8, dtype=BF16))
+    gpu.emulate(capability=100)
+    with pytest.raises(RuntimeError, match="Hopper"):
+        mlp.forward("cpu", **mlp.case(dtype=BF16))

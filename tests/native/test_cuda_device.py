@@ -22,6 +22,8 @@ from moe_unlearn.ops import (
 from moe_unlearn.ops.retain_weights import retain_weights
 from moe_unlearn.testing import ROUTINGS, assert_as_accurate, integers
 from moe_unlearn.testing.yardstick import Reference
+from tests.native import exact_mlp
+from tests.ops.expert_mlp import cases as mlp
 from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.masked_update import cases as update_cases
 from tests.ops.retain_weights import cases as weights_cases
@@ -157,11 +159,42 @@ def test_work_goes_to_the_current_stream():
     assert not bool(early.any()) and bool((param < 0).all())
 
 
-# ---- expert_wgrad ------------------------------------------------------------------------------------------
-
 hopper = pytest.mark.skipif(
     not WHY_NOT and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper: wgmma is nowhere else"
 )
+
+
+# ---- expert_mlp --------------------------------------------------------------------------------------------
+
+
+@hopper
+@pytest.mark.parametrize("pattern", ROUTINGS)
+@pytest.mark.parametrize("flags", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+def test_mlp_is_exact_on_integers(flags, pattern):
+    """A layer of parts of tiles, and one of several of them in each direction."""
+    layout = dict(zip(("transposed", "interleaved"), flags, strict=True))
+    exact_mlp.check(CUDA, exact_mlp.layer(pattern, 150, 264, 136, bias=True, **layout))
+    exact_mlp.check(CUDA, exact_mlp.layer(pattern, 3000, 520, 392, **layout))
+
+
+@hopper
+def test_mlp_is_accurate_and_the_same_every_time():
+    made = mlp.case("skewed", 2000, 512, 384, dtype=BF16, bias=True)
+    mlp.check(CUDA, made)
+    first = mlp.results(CUDA, made)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(mlp.results(CUDA, made), first, strict=True))
+
+
+def test_mlp_of_other_layers_is_left_to_the_next_implementation():
+    made = mlp.case(dtype=F32)
+    with pytest.raises(Unfit, match="CUDA's expert_mlp needs"):
+        mlp.results(CUDA, made)
+    assert mlp.results(replace(CUDA, name="auto"), made)[0].isfinite().all()
+
+
+# ---- expert_wgrad ------------------------------------------------------------------------------------------
+
 LARGE = (768, 2048)
 
 

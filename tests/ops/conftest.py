@@ -12,6 +12,7 @@ from tests.support.impls import Impl, impl_of, impls
 from tests.triton_kernels import tiles
 
 HERE = Path(__file__).parent
+HOPPER = ("expert_mlp", "expert_wgrad")  # ops whose CUDA kernels multiply by wgmma
 
 
 def kind_of(item: pytest.Item) -> str:
@@ -41,7 +42,7 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.slow)
         # "cpu", in whose place it is emulated, must be registered
         why = "there is no nvcc" if nvcc.compiler() is None else native.load("cpu") and f"_C_cpu {native.load('cpu')}"
-    elif kind == "cuda" and of_op(item) == "expert_wgrad" and torch.cuda.get_device_capability() != (9, 0):
+    elif kind == "cuda" and of_op(item) in HOPPER and torch.cuda.get_device_capability() != (9, 0):
         why = "needs Hopper: wgmma is nowhere else"
     elif kind == "triton" and hasattr(tiles, of_op(item)):
         item.add_marker(pytest.mark.slow(but=1))

@@ -10,24 +10,30 @@ from moe_unlearn.ops import Gate, route
 from moe_unlearn.ops.gate import activate, activate_backward
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
-from tests.ops.expert_mlp.cases import GATES, GRADIENTS, LAYOUT_FLAGS, case, check, flat, names_of, results
+from tests.ops.expert_mlp.cases import GATES, GRADIENTS, LAYOUT_FLAGS, case, check, flat, names_of, results, takes
 from tests.support.by_keyword import expert_mlp
 from tests.support.covers import cover
-from tests.support.impls import REF, impls
+from tests.support.impls import REF, Impl, impls
 
 IMPLS = impls("expert_mlp")
+ANY_GATE = tuple(kind for kind in IMPLS if kind != "cuda")  # CUDA has SwiGLU alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = tuple(pattern for pattern in ROUTINGS if pattern != "all_sentinels")
 
 
+def dtype_for(impl: Impl) -> torch.dtype:
+    """Return the dtype of a test that is about another thing: CUDA has but one."""
+    return torch.bfloat16 if impl.kind == "cuda" else torch.float32
+
+
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, pattern=PATTERNS, dtype=DTYPES, top_k=(1, 2, 3), bias=(False, True))
+@cover(takes, indirect=["impl"], impl=IMPLS, pattern=PATTERNS, dtype=DTYPES, top_k=(1, 2, 3), bias=(False, True))
 def test_routing_patterns(bias, top_k, dtype, pattern, impl):
     check(impl, case(pattern, inner=40, top_k=top_k, dtype=dtype, bias=bias))
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], full=True, impl=IMPLS, flags=LAYOUT_FLAGS, bias=(False, True), dtype=DTYPES[:2])
+@cover(takes, indirect=["impl"], full=True, impl=IMPLS, flags=LAYOUT_FLAGS, bias=(False, True), dtype=DTYPES[:2])
 def test_layout_flags(dtype, bias, flags, impl):
     transposed, interleaved, gated = flags
     layout = {"transposed": transposed, "interleaved": interleaved, "gated": gated}
@@ -35,9 +41,9 @@ def test_layout_flags(dtype, bias, flags, impl):
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, gate=GATES, gated=(True, False))
+@cover(takes, indirect=["impl"], impl=IMPLS, gate=GATES, gated=(True, False))
 def test_gates(gated, gate, impl):
-    check(impl, case(gate=gate, gated=gated, bias=True, seed=3))
+    check(impl, case(gate=gate, gated=gated, bias=True, seed=3, dtype=dtype_for(impl)))
 
 
 @pytest.mark.quick
@@ -73,7 +79,7 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(gat
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, layout=LAYOUTS, dtype=DTYPES[:2])
+@cover(indirect=["impl"], impl=ANY_GATE, layout=LAYOUTS, dtype=DTYPES[:2])
 def test_memory_layouts_of_inputs_and_upstream_gradients(dtype, layout, impl):
     arguments = impl.moved(case(bias=True, dtype=dtype))
     moved = {k: in_layout(v, layout) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
@@ -95,7 +101,7 @@ def test_expanded_upstream_gradient():
 @cover(indirect=["impl"], impl=IMPLS, size=((1, 5, 1), (1, 5, 5), (33, 1, 1), (1, 40, 16)))
 def test_few_tokens_and_many_experts(size, impl):
     tokens, experts, top_k = size
-    check(impl, case("uniform", tokens, experts=experts, top_k=top_k, bias=True))
+    check(impl, case("uniform", tokens, experts=experts, top_k=top_k, bias=True, dtype=dtype_for(impl)))
 
 
 @pytest.mark.quick
@@ -103,14 +109,14 @@ def test_no_token(impl):
     arguments = case("uniform", tokens=0, top_k=5, bias=True, dtype=torch.bfloat16)
     out, *grads = results(impl, arguments)
     assert out.shape == (0, 24)
-    for name, grad in zip(names_of(arguments), grads, strict=True):
+    for name, grad in zip(names_of(arguments, impl), grads, strict=True):
         assert grad.shape == arguments[name].shape and not grad.any()
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, weights=(*DTYPES[:2], torch.float64))
+@cover(takes, indirect=["impl"], impl=IMPLS, weights=(*DTYPES, torch.float64))
 def test_routing_weights_of_their_own_dtype(weights, impl):
-    arguments = case(dtype=torch.bfloat16 if weights == torch.float32 else torch.float32)
+    arguments = case(dtype=torch.bfloat16 if weights == torch.float32 else dtype_for(impl))
     arguments["top_k_weights"] = arguments["top_k_weights"].to(weights)
     check(impl, arguments)
     out, _, grad, *_ = results(impl, arguments)
@@ -120,7 +126,7 @@ def test_routing_weights_of_their_own_dtype(weights, impl):
 @pytest.mark.quick
 @cover(
     indirect=["impl"],
-    impl=IMPLS,
+    impl=ANY_GATE,
     transposed=(False, True),
     interleaved=(False, True),
     bias=(False, True),
@@ -156,7 +162,7 @@ def test_an_empty_expert_has_exactly_zero_gradient(pattern):
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, pattern=("sentinels", "all_sentinels"), dtype=DTYPES[:2])
+@cover(takes, indirect=["impl"], impl=IMPLS, pattern=("sentinels", "all_sentinels"), dtype=DTYPES[:2])
 def test_sentinel_rows_contribute_nothing_even_with_nan_weights(dtype, pattern, impl):
     arguments = case(pattern, bias=True, dtype=dtype)
     away = routing(pattern, 19, 5, 2) == 5
@@ -171,7 +177,7 @@ def test_sentinel_rows_contribute_nothing_even_with_nan_weights(dtype, pattern, 
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, dtype=DTYPES[:2])
+@cover(takes, indirect=["impl"], impl=IMPLS, dtype=DTYPES[:2])
 def test_a_nan_token_stays_in_its_row(dtype, impl):
     arguments = case("uniform", dtype=dtype)
     arguments["hidden_states"][7] = torch.nan
@@ -312,6 +318,7 @@ def test_gradcheck_in_float64(transposed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impl", ANY_GATE, indirect=True)
 def test_compiles_without_graph_breaks(impl):
     arguments = impl.moved(case(bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
