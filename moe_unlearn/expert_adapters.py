@@ -19,6 +19,11 @@ Place = Callable[[nn.Module, Tensor], dict[str, LowRank] | None]
 _METHOD = "_activate_lora"  # PEFT's context in which the module that an adapter wraps runs
 
 
+def has_factors(module: nn.Module) -> bool:
+    """Return whether a module is PEFT's wrapper of experts, in a version that gives the factors of its adapter."""
+    return hasattr(module, "get_delta_factors") and hasattr(module, _METHOD)
+
+
 class Aside:
     """Lets the adapters on the experts of a model keep their factors aside until `undo`.
 
@@ -27,7 +32,7 @@ class Aside:
     """
 
     def __init__(self, model: nn.Module, place: Place):
-        found = (m for m in model.modules() if hasattr(m, "get_delta_factors") and hasattr(m, _METHOD))
+        found = filter(has_factors, model.modules())
         self._wrappers = [wrapper for wrapper in found if _METHOD not in vars(wrapper)]
         for wrapper in self._wrappers:
             # a partial, which a copy of the model copies with its own wrapper

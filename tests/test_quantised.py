@@ -13,7 +13,7 @@ from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.expert_state import is_quantised, whole
 from moe_unlearn.experts import experts_modules, weights_of
-from moe_unlearn.model import loading, quantised
+from moe_unlearn.model import adapters, loading, quantised
 from moe_unlearn.model.adapters import adapted
 from moe_unlearn.plan.known import WHOLE, held_at_rest
 from tests.support.batches import random_batch
@@ -127,6 +127,14 @@ def test_a_step_refuses_quantised_weights_without_an_adapter_and_whole_ones_with
         UnlearnStep(model, "npo")
     with pytest.raises(ValueError, match=r"adapter.bits=8 is for a model with such weights: .*Loading\(bits=8\)"):
         quantised.check_rounded(tiny_model("olmoe"), recipe("adapter.bits=8"))
+
+
+@pytest.mark.quick
+def test_adapters_on_experts_of_8_bits_ask_for_a_peft_that_gives_factors(monkeypatch):
+    monkeypatch.setattr(adapters, "has_factors", lambda module: False)
+    adapted(tiny_model("olmoe"), recipe("adapter.bits=4", "adapter.targets=experts"))
+    with pytest.raises(ValueError, match="adapters on experts of 8 bits need a PEFT that gives their factors; this is"):
+        adapted(tiny_model("olmoe"), recipe("adapter.bits=8", "adapter.targets=experts"))
 
 
 @pytest.mark.quick

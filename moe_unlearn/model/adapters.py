@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moe_unlearn.config import Recipe
+from moe_unlearn.expert_adapters import has_factors
 from moe_unlearn.experts import experts_modules, weights_of
 from moe_unlearn.model.modes import put_in_mode, renamed_quietly
 from moe_unlearn.model.saving import has_adapters
@@ -45,6 +46,7 @@ def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     if sharded(model):
         raise ValueError("the recipe's adapter trains on whole weights; got weights that ranks share out: no --mesh")
     # imported here because peft is optional
+    import peft
     from peft import LoraConfig, get_peft_model
 
     known, training = {*model.modules()}, model.training
@@ -61,6 +63,11 @@ def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
         torch.default_generator.manual_seed(recipe.seed)  # PEFT draws on the CPU; GPUs' generators stay as they are
         with renamed_quietly():
             made: nn.Module = get_peft_model(model, settings)
+    if own.bits == 8 and settings.target_parameters and not any(map(has_factors, made.modules())):
+        raise ValueError(
+            f"adapters on experts of 8 bits need a PEFT that gives their factors; this is {peft.__version__}: pip "
+            "install -U peft, or adapter.bits=4, or adapter.targets=attention"
+        )
     put_in_mode(made, training, but=known)
     return made
 
