@@ -16,7 +16,12 @@ from tests.support.models import ALL_EXPERTS, TINY_MODELS, nemotron_h_experts, t
 
 def build(name, **changes):
     torch.manual_seed(0)
-    return TINY_MODELS[name](**changes).eval()
+    model = TINY_MODELS[name](**changes).eval()
+    if not experts_modules(model):
+        # GraniteMoE in the oldest transformers; the newest, which `make test` has, decorates every family
+        assert name == "granite_moe", name
+        pytest.skip("this version of transformers does not decorate the family's experts")
+    return model
 
 
 def run(model, batch, implementation, dtype):
