@@ -75,7 +75,7 @@ def test_the_matrix_has_every_cuda_test_a_sample_of_the_triton_ones_and_nothing_
     assert sum(found.get(name, 0) for name in (CUDA_TESTS, *CLAIMS)) > 400
     assert f"def {name}(" in Path(ROOT, file).read_text(encoding="utf-8")
     # twelve workers have 140 seconds, compilation included, which the half that is of CUDA does not need
-    assert left_out > 400 and sum(found.values()) < 1300
+    assert left_out > 400 and sum(found.values()) < 1350
 
 
 @pytest.mark.slow

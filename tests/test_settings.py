@@ -68,7 +68,7 @@ def test_every_recipe_is_listed_with_a_line(capsys):
     assert json.loads(told(capsys, "recipes", "--json")).keys() == {*shipped()}
 
 
-def test_show_has_every_key_with_value_origin_range_and_meaning(capsys):
+def test_show_has_every_key_with_value_origin_range_and_meaning(capsys, monkeypatch):
     words = ["rmu", "--model", "olmoe-1b-7b", "--set", "wagle.keep=0.5", "optimizer.lr=3e-5"]
     found = json.loads(told(capsys, "show", *words, "--json"))
     recipe = Recipe.load("rmu", ["wagle.keep=0.5"])
@@ -81,6 +81,7 @@ def test_show_has_every_key_with_value_origin_range_and_meaning(capsys):
     assert found["trace"]["value"] is None and "TRACE" in found["trace"]["meaning"]
     switched = json.loads(told(capsys, "show", "npo", "--set", "router=frozen", "trace=true", "--json"))
     assert [switched[name]["origin"] for name in ("router.mode", "trace.cap")] == ["--set", "default"]
+    monkeypatch.setenv("COLUMNS", "300")  # no meaning is broken into lines
     lines = told(capsys, "show", *words).splitlines()
     [rate] = [line for line in lines if line.startswith("optimizer.lr ")]
     assert rate.split()[1:3] == ["3e-05", "--set"] and "learning rate (at least 0" in rate

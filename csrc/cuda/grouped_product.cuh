@@ -138,7 +138,8 @@ struct ProductRow {
 };
 
 /// Epilogue: `Row find(ProductRow)` before the product, `store(group, Row&, column, first, second)` for 8 columns of
-/// each half, those of the first from `column` on, and `finish(group, Row&, column tile)`; all lanes of a warp call all.
+/// each half, those of the first from `column` on, and `finish(group, Row&, column tile)`; all lanes of a warp call
+/// each.
 template <class Epilogue, bool right_by_row>
 struct GroupedProduct {
   using Plan = ProductPlan;

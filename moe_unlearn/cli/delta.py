@@ -23,7 +23,8 @@ def write(options: argparse.Namespace) -> None:
     recipe = None if options.recipe is None else _sha256(Path(options.recipe).read_bytes())
     base, changed = map(loading.folder_of, (options.base, options.changed))
     for folder in (base, changed):
-        loading.check_whole(folder, "a delta")
+        if (Path(folder) / "config.json").exists():  # else what is missing is said below
+            loading.check_whole(folder, "a delta")
     _print_written(delta.write(base, changed, options.out, recipe=recipe))
 
 

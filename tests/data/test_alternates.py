@@ -130,6 +130,7 @@ def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "examples_of", examples)
     monkeypatch.setattr(run, "require_moe", lambda model: None)
     monkeypatch.setattr(run.loading, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(run.adapter, "stored_as", lambda *_: None)
     for name in ("altpo", "npo"):
         main(["run", name, "--model", name, "--forget", "f", "--retain", "r", "--out", str(tmp_path / name)])
     assert asked == {"altpo": True, "npo": False}
