@@ -56,8 +56,8 @@ def frontier(summary: Summary, styles: Mapping[str, int] | None = None) -> list[
 
     drawings = [scatter("All runs", spots, axes(list(shown)), goal)]
     if "target" in shown:
-        near = [run for run in shown if run != "target"]
-        drawings.append(scatter("Without the target", spots, axes(near), goal))
+        others = {run: spot for run, spot in zip(shown, spots, strict=True) if run != "target"}
+        drawings.append(scatter("Without the target", [*others.values()], axes([*others]), goal))
     return [Figure(f"{caption}.", drawings, "pareto")]
 
 

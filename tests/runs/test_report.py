@@ -260,6 +260,8 @@ def test_figures_show_the_data():
     assert "Bars" in figure.caption and "Shaded" in figure.caption
     whole, near = (own.inline() for own in figure.drawings)
     assert "target (to unlearn): 1.000" in whole and "target (to unlearn)" not in near
+    (figure,) = figures.frontier(dict.fromkeys(("target", "npo", "trace"), RESULTS["npo"]))  # where the others are
+    assert ["target (to unlearn)" in own.inline() for own in figure.drawings] == [True, False]
 
 
 def test_what_lies_below_another_run_is_seen_and_what_leaves_the_frame_has_an_arrow():
