@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from moe_unlearn.config import Recipe
+from moe_unlearn.config.adapter import bits_of
 from moe_unlearn.model.adapters import check_peft
 from moe_unlearn.model.loading import Loading, is_adapter, stored_as
 from moe_unlearn.plan import Mesh
@@ -37,9 +38,8 @@ def rounding(recipe: Recipe, how: Loading, *, planned: bool) -> Loading:
                 f"--merge adds an adapter to whole weights, and those of {source} are quantised ({method}): leave it "
                 "out, and merge the adapter into the model that is not"
             )
-    if own is None or own.bits is None or planned:
-        return how
-    return dataclasses.replace(how, bits=own.bits)
+    bits = bits_of(own)
+    return how if bits is None or planned else dataclasses.replace(how, bits=bits)
 
 
 def chosen(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Recipe:

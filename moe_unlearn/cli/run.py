@@ -14,6 +14,7 @@ from moe_unlearn.cli.options import DELTA
 from moe_unlearn.cli.rows import take_rows
 from moe_unlearn.cli.sides import require_moe
 from moe_unlearn.config import Recipe, models
+from moe_unlearn.config.adapter import bits_of
 from moe_unlearn.model import loading
 from moe_unlearn.page.terminal import fitted
 from moe_unlearn.plan import Mesh
@@ -99,7 +100,7 @@ def _run(
     retrain = None
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
-    if options.dry_run and (mesh is not None or (recipe.adapter is not None and recipe.adapter.bits is not None)):
+    if options.dry_run and (mesh is not None or bits_of(recipe.adapter) is not None):
         plan.show(options, plan.of_mesh(options, recipe, mesh, tokenizer, sets))
         return
     model, _ = loading.load_model(recipe.data.model, how)

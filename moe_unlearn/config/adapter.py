@@ -44,3 +44,8 @@ class Adapter:
                 f"adapter.dropout is for adapter.targets 'attention'; got {self.dropout:g} with {self.targets!r}, "
                 "since an expert's adapter has none: adapter.dropout=0"
             )
+
+
+def bits_of(adapter: Adapter | None) -> int | None:
+    """Return the width to which the frozen weights are rounded, None where they stay whole."""
+    return None if adapter is None else adapter.bits

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from moe_unlearn.config.adapter import Adapter
+from moe_unlearn.config.adapter import Adapter, bits_of
 from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.files import composed
 from moe_unlearn.config.optimizer import Optimizer
@@ -341,10 +341,9 @@ class Recipe:
                 f"adapter trains adapters alone, and scope.kind {self.scope.kind!r} weights under them: adapter=null, "
                 "or scope.kind=all"
             )
-        if self.adapter is not None and self.adapter.bits is not None and self.wagle is not None:
+        if (bits := bits_of(self.adapter)) is not None and self.wagle is not None:
             raise ValueError(
-                f"wagle scores whole weights, and adapter.bits={self.adapter.bits} rounds them: wagle=null, or "
-                "adapter.bits=null"
+                f"wagle scores whole weights, and adapter.bits={bits} rounds them: wagle=null, or adapter.bits=null"
             )
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
             raise ValueError(
@@ -357,8 +356,7 @@ class Recipe:
     @property
     def recomputes(self) -> bool:
         """Return whether activations are computed anew whatever the device: asked for, or with rounded weights."""
-        rounded = self.adapter is not None and self.adapter.bits is not None
-        return self.checkpointing == "on" or (self.checkpointing == "auto" and rounded)
+        return self.checkpointing == "on" or (self.checkpointing == "auto" and bits_of(self.adapter) is not None)
 
     @classmethod
     def of(cls, given: "Recipe | typing.Mapping[str, typing.Any] | str | Path") -> "Recipe":

@@ -21,9 +21,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from moe_unlearn.experts import weights_of
+from moe_unlearn.model.quantised import BLOCK
 
 _NAME = "moe_unlearn_nf4"
-_BLOCK = 64  # weights of a scale
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
@@ -46,7 +46,7 @@ class NF4(Tensor):
     @classmethod
     def of(cls, weight: Tensor) -> "NF4":
         """Round a weight [E, out, in]."""
-        codes, state = quantize_4bit(weight.contiguous(), blocksize=_BLOCK, quant_type="nf4", quant_storage=torch.uint8)
+        codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         return cls(codes, state.absmax, weight.shape, weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class NF4(Tensor):
             absmax=self.scales,
             shape=self.shape,
             code=get_4bit_type("nf4", device=self.codes.device),
-            blocksize=_BLOCK,
+            blocksize=BLOCK,
             quant_type="nf4",
             dtype=self.dtype if dtype is None else dtype,
         )

@@ -17,12 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_unlearn.config import Recipe
+from moe_unlearn.config.adapter import bits_of
 from moe_unlearn.experts import experts_modules, weights_of
 from moe_unlearn.model.saving import has_adapters
 
 LIBRARIES = {8: "torchao", 4: "bitsandbytes"}
 _UNROUNDED = ("mxfp4",)  # what transformers makes whole weights of where it cannot compute with the codes
-_BLOCK = 64  # weights of a scale in 4 bits
+BLOCK = 64  # weights of a scale in 4 bits
 _PACKING = "support_avx512bf16_for_cpu"  # bitsandbytes' flag of a linear layer
 
 
@@ -62,7 +63,7 @@ def rounded_bytes(weight: Tensor, bits: int) -> int:
     """Return what a weight takes with its scales."""
     if bits == 8:
         return weight.numel() + weight.numel() // weight.shape[-1] * weight.element_size()
-    return -(-weight.numel() // 2) + -(-weight.numel() // _BLOCK) * 4
+    return -(-weight.numel() // 2) + -(-weight.numel() // BLOCK) * 4
 
 
 def made_whole(model: nn.Module) -> int:
@@ -99,7 +100,7 @@ def check_moves(model: nn.Module) -> None:
 
 def check_rounded(model: nn.Module, recipe: Recipe) -> None:
     """Raise ValueError for a recipe that asks for rounded weights, where the model has others."""
-    bits = None if recipe.adapter is None else recipe.adapter.bits
+    bits = bits_of(recipe.adapter)
     if bits is not None and not is_quantised(model):
         raise ValueError(
             f"adapter.bits={bits} is for a model with such weights: moe_unlearn.model.loading.load_model(folder, "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_unlearn import offload
 from moe_unlearn.config import COMPARE_COMPANIONS, Data
+from moe_unlearn.config.adapter import bits_of
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
@@ -91,10 +92,10 @@ def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh 
 
 def rounded_sizes(view: StepView) -> dict[Tensor, int]:
     """Return the bytes of the weights that `adapter.bits` rounds when they are loaded, where they are whole here."""
-    adapter = view.recipe.adapter
-    if adapter is None or adapter.bits is None or is_quantised(view.model):
+    bits = bits_of(view.recipe.adapter)
+    if bits is None or is_quantised(view.model):
         return {}
-    return {p: rounded_bytes(p, adapter.bits) for _, p in rounded_weights(view.model)}
+    return {p: rounded_bytes(p, bits) for _, p in rounded_weights(view.model)}
 
 
 def whole_bytes(view: StepView) -> int:

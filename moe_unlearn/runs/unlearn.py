@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data, progress, survive, trace
 from moe_unlearn.config import Recipe
+from moe_unlearn.config.adapter import bits_of
 from moe_unlearn.data import Example
 from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.model.adapters import merged
@@ -159,8 +160,7 @@ def _planned(run: Run, step: UnlearnStep) -> int | None:
     sides = [*map(run.batches, SIDES)]
     if not is_quantised(run.model):
         return step.plan(*sides, stored=True).peak
-    adapter = run.recipe.adapter
-    if adapter is None or adapter.bits is None:
+    if bits_of(run.recipe.adapter) is None:
         return None
     model: Any = run.model
     config = copy.deepcopy(model.config)

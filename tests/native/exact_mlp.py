@@ -17,7 +17,7 @@ HALF = Gate("silu", 0.0)
 
 
 class Results(NamedTuple):
-    """What the op's passes return, all in bfloat16 but d_weights."""
+    """Holds what the op's passes return, all in bfloat16 but d_weights."""
 
     out: Tensor
     z: Tensor
