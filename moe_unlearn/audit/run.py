@@ -31,6 +31,7 @@ from moe_unlearn.files import make_folder
 from moe_unlearn.metrics.results import Evaluation, data_digest
 from moe_unlearn.metrics.routing import Routes, routes
 from moe_unlearn.metrics.scoring import token_scores
+from moe_unlearn.model.saving import has_adapters
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import gather, is_first, local
 
@@ -301,9 +302,10 @@ def _check_alike(model: nn.Module, former: nn.Module, what: str) -> None:
     ours, theirs = _shapes(model), _shapes(former)
     if different := [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]:
         name = different[0]
+        remedy = "; merge the adapter first: merge_and_unload()" if has_adapters(model) or has_adapters(former) else ""
         raise ValueError(
             f"{what}: expected models of one architecture and dtype; {name} is {ours.get(name, 'missing')} in one and "
-            f"{theirs.get(name, 'missing')} in the other"
+            f"{theirs.get(name, 'missing')} in the other{remedy}"
         )
 
 

@@ -18,6 +18,8 @@ from moe_unlearn.cli.arguments import examples_of, loading_of, sets_of, writable
 from moe_unlearn.config import Recipe
 from moe_unlearn.files import make_private
 from moe_unlearn.model import loading
+from moe_unlearn.model.adapters import merged
+from moe_unlearn.model.saving import has_adapters
 from moe_unlearn.ranks import on_first
 
 _RECIPE = "recipe.yaml"
@@ -78,7 +80,9 @@ def trained_on(options: argparse.Namespace, tokenizer: Tokenizer) -> set[tuple[i
 
 
 def _loaded(folder: str, how: loading.Loading) -> Any:
-    return loading.load_model(folder, how)[0]
+    """Return the model of a folder; of an adapter its base with the adapter added, whose weights are those compared."""
+    model = loading.load_model(folder, how)[0]
+    return merged(model) if has_adapters(model) else model
 
 
 def _print(report: Report, out: Path) -> None:

@@ -9,7 +9,10 @@ import warnings
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.config.trainer import OWNED
@@ -40,20 +43,27 @@ def checked(section: dict[str, Any]) -> dict[str, Any]:
     hints, given = typing.get_type_hints(TrainingArguments), {}
     for key, value in section.items():
         if key not in _FIELDS:
-            near = difflib.get_close_matches(key, _FIELDS.keys() - OWNED.keys(), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, _FIELDS.keys() - OWNED.keys(), n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown recipe key 'trainer.{key}'; {hint}valid keys are those of TrainingArguments")
         given[key] = _fitting(f"trainer.{key}", value, hints[key])
     trackers = given.get("report_to") or []
-    trackers = [trackers] if isinstance(trackers, str) else trackers
+    _check_trackers([trackers] if isinstance(trackers, str) else trackers)
+    return given
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise ValueError for a tracker that transformers does not know, and for one that is not installed."""
     here = get_available_reporting_integrations()
-    for name in trackers:
+    for name in names:
+        if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"trainer.report_to must be none, all, or some of {known}; got {name!r}")
         if name not in ("none", "all", *here):
             raise ValueError(
-                f"trainer.report_to: {name!r} is not installed here, or transformers does not know it; expected none, "
-                f"or of {', '.join(here) or 'none'}: pip install {name}"
+                f"trainer.report_to: {name!r} is not installed here: pip install {name}, or trainer.report_to="
+                f"{' or '.join(['none', *here])}"
             )
-    return given
 
 
 def _fitting(name: str, value: Any, hint: Any) -> Any:

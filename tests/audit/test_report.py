@@ -6,7 +6,11 @@ import re
 import stat
 from xml.etree import ElementTree
 
+import peft
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from moe_unlearn import progress
 from moe_unlearn.audit import Settings, audit, figures
@@ -131,6 +135,35 @@ def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
     ran_with("forget", "retain", unseen="holdout", name="level")
     assert asked(folder, "--attacks", "plain", retain="own.jsonl") == 2
     assert "holdout: expected documents to audit with; got 12 holdout rows were trained on" in capsys.readouterr().err
+
+
+def test_an_adapter_is_audited_as_its_base_with_it(folder, experiment):
+    """As model and as the one before: what is attacked are whole weights, the same as those of the merged model."""
+    base = folder / "before"
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    torch.manual_seed(0)
+    adapter = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    for name, weight in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapter.save_pretrained(folder / "adapter")
+    few = {side: getattr(experiment, side)[:2] for side in SIDES}
+    with pytest.raises(ValueError, match=r"merge the adapter first: merge_and_unload\(\)"):
+        audit(adapter, experiment.tokenizer, before=experiment.target, **few)  # whose weights are left as they are
+    adapter.merge_and_unload().save_pretrained(folder / "merged")
+    experiment.tokenizer.save_pretrained(folder / "merged")
+    kept, changed = (load_file(folder / name / "model.safetensors") for name in ("before", "merged"))
+    assert kept.keys() == changed.keys() and sum(not torch.equal(kept[name], changed[name]) for name in kept) == 18
+    attacks = ("--attacks", "plain,rounding,relearning,routing", "--relearn-steps", "1")
+    for out, changed in {
+        "of adapter": {"model": "adapter"},
+        "of merged": {"model": "merged"},
+        "before adapter": {"before": "adapter", "model": "before"},
+    }.items():
+        assert asked(folder, *attacks, out=out, **changed) == 0
+    ours, theirs = (json.loads((folder / out / "AUDIT.json").read_text("utf-8")) for out in ("of adapter", "of merged"))
+    assert not ours["not_tested"].keys() & {"plain", "rounding", "relearning", "routing"}
+    assert ours["findings"] == theirs["findings"] and ours["more"] == theirs["more"]
 
 
 def lines_of(path):

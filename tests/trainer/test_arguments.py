@@ -37,18 +37,23 @@ def test_a_section_gives_arguments_of_their_types():
     "section,message",
     [
         ({"report_too": "x"}, "unknown recipe key 'trainer.report_too'; did you mean 'report_to'"),
+        ({"nothing": 1}, "unknown recipe key 'trainer.nothing'; valid keys are those"),  # like none of them
         ({"save_steps": "often"}, "trainer.save_steps must be float; got 'often'"),
         ({"bf16": 1}, "trainer.bf16 must be bool; got 1"),
         ({"eval_strategy": "step"}, "trainer.eval_strategy must be one of no, steps, epoch; got 'step'"),
-        (
-            {"report_to": "tensorbored"},
-            "trainer.report_to: 'tensorbored' is not installed here.*pip install tensorbored",
-        ),
+        ({"report_to": "tensorbored"}, "trainer.report_to must be none, all, or some of .*tensorboard.*'tensorbored'"),
     ],
 )
 def test_what_is_no_argument_is_refused_by_name(section, message):
     with pytest.raises(ValueError, match=message):
         checked(section)
+
+
+@pytest.mark.quick
+def test_a_tracker_that_is_missing_is_named_with_what_is_here(monkeypatch):
+    monkeypatch.setattr("moe_unlearn.trainer.arguments.get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(ValueError, match="'wandb' is not installed here: pip install wandb, or .*=none or mlflow$"):
+        checked({"report_to": ["mlflow", "wandb"]})
 
 
 @pytest.mark.quick
