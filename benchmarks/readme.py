@@ -1,10 +1,10 @@
 """Write the figures of README.md and benchmarks/RESULTS.md from the recorded results: python -m benchmarks.readme
 
-RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`), what each
-verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`), what the levers buy
-(`efficacy`), what the router lever does (`router_table`), what rounding leaves of unlearning (`survive_table`) and what
-deep forgetting costs (`lasting`); README.md has a row for quality, one for speed and one for memory. The text between
-two marks is replaced.
+RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`), what
+each verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`), what the levers buy
+(`efficacy`) and TRACE alone (`targeted_table`), what the router lever does (`router_table`), what rounding leaves of
+unlearning (`survive_table`) and what deep forgetting costs (`lasting`); README.md has a row for quality, one for
+speed and one for memory. The text between two marks is replaced.
 `tests/test_bench_readme.py` fails where a page and the run differ, and where a kernel changed since the run and the
 page does not say so; another call of this module repairs both.
 """
@@ -13,7 +13,18 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import efficacy, headline, lasting, record, router_table, size_table, stamp, survive_table, trust_table
+from benchmarks import (
+    efficacy,
+    headline,
+    lasting,
+    record,
+    router_table,
+    size_table,
+    stamp,
+    survive_table,
+    targeted_table,
+    trust_table,
+)
 from benchmarks.model import design, gpus
 
 README, RESULTS = stamp.ROOT / "README.md", stamp.ROOT / "benchmarks" / "RESULTS.md"
@@ -160,6 +171,7 @@ SECTIONS = {
         "size": size_table.table,
         "trust": trust_table.table,
         "efficacy": efficacy.generated,
+        "targeted": targeted_table.generated,
         "router": router_table.table,
         "survive": survive_table.generated,
         "lasting": lasting.generated,

@@ -18,8 +18,9 @@ from scipy import stats
 
 from benchmarks.study import BASELINES, SIZE, TRACE, Entry, load, record
 from benchmarks.study_domains import ANOTHER
-from benchmarks.study_reading import GOAL, interval, paired
+from benchmarks.study_reading import paired
 from benchmarks.study_run import Spec
+from benchmarks.targeted_table import PRIMARY, SECONDARY, section
 from moe_unlearn.audit.verdict import holm
 
 CORPUS = "builtin:pydoc"
@@ -35,8 +36,6 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 STUDIED_AT = {2: tuple(VARIANTS), 1: ("plain", "TRACE")}
 LEVEL = "near"
-PRIMARY = {"verbmem_r": "VerbMem, documents", "accuracy_c": "next token, critical tokens"}
-SECONDARY = {"accuracy_r": "next token, all tokens", "nll_c": "NLL, critical tokens", "nll_r": "NLL, all tokens"}
 CONTRASTS = (
     ("TRACE", "plain"),
     ("TRACE online", "plain"),
@@ -129,13 +128,8 @@ def write(out: Path, planned: Sequence[Entry], parts: Path, name: str) -> str:
     data: dict[str, dict] = {}
     for case, own in groups.items():
         effects = Effects(own, parts)
-        data[case] = {"runs": effects.done, "of": len(own)}
-        lines += [f"## {case}", "", f"{effects.done} of {len(own)} runs.", ""]
-        if not effects.complete:
-            lines += ["No effect is computed before all of them are there: the stop rule of `benchmarks/NOTES.md`.", ""]
-            continue
-        data[case] |= _analysis(effects)
-        lines += _text(data[case])
+        data[case] = {"runs": effects.done, "of": len(own)} | (_analysis(effects) if effects.complete else {})
+        lines += [f"## {case}", "", *section(data[case])]
     text = "\n".join(lines)
     (out / "study.md").write_text(text, encoding="utf-8")
     (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -182,25 +176,3 @@ def _analysis(effects: Effects) -> dict:
 
 def _p_value(values: Sequence[float]) -> float:
     return float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else 1.0
-
-
-def _text(found: dict) -> list[str]:
-    """Return the analysis in sentences and tables."""
-    lines = [f"In {found['qualified']} seeds an expert has f^F/f^R >= 3. Effects in percent, ± 95 % t intervals.", ""]
-    for metric, value in found["primary"].items():
-        if value["half"] is None:
-            lines += [f"{PRIMARY[metric]}: {value['n']} seeds have an effect, too few for an interval.", ""]
-            continue
-        inside = "inside" if abs(GOAL - value["mean"]) <= value["half"] else "outside"
-        clear = "clear" if value["rejected"] else "not clear"
-        lines += [
-            f"{PRIMARY[metric]}, TRACE against plain: {interval(value, 2)} in {value['n']} seeds "
-            f"(p {value['p']:.3g}, {clear} of 0 by Holm); the paper's {GOAL} % is {inside}.",
-            "",
-        ]
-    named = PRIMARY | SECONDARY
-    lines += ["| contrast | " + " | ".join(named.values()) + " |", "|---" * (len(named) + 1) + "|"]
-    rows = {**found["contrasts"], **{f"TRACE - plain, {b}": v for b, v in found["baselines"].items()}}
-    rows["TRACE - plain, at the retrained model's level"] = found["at the retrained model's level"]
-    lines += [f"| {name} | " + " | ".join(interval(row[m], 2) for m in named) + " |" for name, row in rows.items()]
-    return [*lines, ""]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import study, study_domains, study_targeted
+from benchmarks import study, study_domains, study_targeted, targeted_table
 from moe_unlearn import data
 from moe_unlearn.benchmark.tiny_models import SIZES, Experiment, build_data
 from moe_unlearn.config import Recipe
@@ -101,7 +101,9 @@ def test_the_analysis_is_of_seeds_and_says_whether_nine_percent_is_inside(parts,
     assert found["baselines"]["GradDiff"]["verbmem_r"]["n"] == 0
     assert "VerbMem, documents, TRACE against plain: +10.00 ± 0.00 in 20 seeds" in text and "clear of 0 by Holm" in text
     assert value["rejected"] and not found["primary"]["accuracy_c"]["p"] > 0.05
-    assert "the paper's 9 % is outside" in text
+    assert "the paper's 9 % is outside" in text and "GradDiff TRACE 0, " in text
+    assert "\n".join(targeted_table.section(found)) in text  # which is what RESULTS.md says
+    assert targeted_table.generated(tmp_path / "out") in text.replace("## K", "### K") + "\n"
 
 
 def test_a_seed_in_which_no_expert_qualifies_enters_no_effect(parts, tmp_path):

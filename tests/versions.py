@@ -54,9 +54,18 @@ def environment(folder: Path, asked: dict[str, str]) -> Path:
     # what this version of transformers asks for beside it
     subprocess.run([*install, asked["transformers"]], check=True)
     subprocess.run([*install, asked["peft"], "--ignore-installed", "--no-deps"], check=True)
-    if subprocess.run([*install, asked["torch"], "--ignore-installed", "--no-deps", "--index-url", CPU]).returncode:
+    got = _succeeds(*install, asked["torch"], "--ignore-installed", "--no-deps", "--index-url", CPU)
+    # pip may know of another index too, whose torch is for GPUs and needs libraries that were not asked for
+    if got and not _succeeds(str(python), "-c", "import torch"):
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torch"], check=True)
+        got = False
+    if not got:
         print(f"{asked['torch']} cannot be had from {CPU}: the torch of this environment stays", file=sys.stderr)
     return python
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command).returncode == 0
 
 
 def main() -> int:
