@@ -31,14 +31,19 @@ def table(rows: list[dict]) -> str:
         change = paired(row["held, rounded"][name] - row["plain, rounded"][name] for row in found)
         lines.append(f"| {words} | {' | '.join(means)} | {interval(change)} |")
     lines.append("")
+    better = []
     for name, words in METRICS.items():
         plain, held = (
             [abs(row[kind][name] - row["plain"][name]) for row in found] for kind in ("plain, rounded", "held, rounded")
         )
         change = paired(ours - theirs for ours, theirs in zip(held, plain, strict=True))
         verdict = "no clear difference" if not clear(change) else "better" if change["mean"] < 0 else "worse"
+        better += [words] if verdict == "better" else []
         lines.append(
             f"* NLL of the {words}: rounding moves it by {statistics.fmean(plain):.3f} nats a token, with `survive` by "
             f"{statistics.fmean(held):.3f}; difference {interval(change)}: {verdict}."
         )
-    return "\n".join(lines)
+    told = f"After int4 `survive` beats plain on: {'; '.join(better) or 'none of them'}."
+    if METRICS["forget"] not in better:
+        told += " On the forget rows, for which it is meant, it failed to."
+    return "\n".join([*lines, "", told])

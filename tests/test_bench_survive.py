@@ -25,6 +25,8 @@ def test_the_verdict_is_that_of_the_interval(held, verdict):
     rows = [seed(i, -0.1 - i / 100, (held or (0.05, 0.2)[i % 2]) + i / 1000) for i in range(4)]
     text = survive_table.table(rows)
     assert text.count(f": {verdict}.") == 3 and "4 seeds" in text and "moves it by 0.115 nats a token" in text
+    last = text.splitlines()[-1]
+    assert ("beats plain on: none of them. " in last and last.endswith(" failed to.")) == (verdict != "better")
 
 
 def test_the_page_says_so_where_nothing_was_recorded(tmp_path, monkeypatch):
