@@ -223,27 +223,20 @@ float element(emulation::Block& block, uint64_t descriptor, int mn, int k) {
   return widen<Dtype::bfloat16>(value);
 }
 
-/// wgmma of m64 k16 and 2 * size columns: this thread's part of d += a b.
-template <bool left_by_row, bool right_by_row, int size>
-void multiply_any(float (&d)[size], uint64_t a, uint64_t b) {
+/// This thread's part of wgmma's d [64, 128] += a [64, 16] b [16, 128].
+template <bool left_by_row = false, bool right_by_row = false>
+void multiply(float (&d)[64], uint64_t a, uint64_t b) {
   const auto product = [block = current->block, thread = current->thread % 128, d = &d[0], a, b] {
     const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
     for (int k = 0; k < 16; ++k) {
       const float left[] = {element<left_by_row>(*block, a, row, k), element<left_by_row>(*block, a, row + 8, k)};
-      for (int j = 0; j < size / 2; ++j) {
+      for (int j = 0; j < 32; ++j) {
         const float right = element<right_by_row>(*block, b, j / 2 * 8 + column + j % 2, k);
         for (int half = 0; half < 2; ++half) d[j / 2 * 4 + half * 2 + j % 2] += left[half] * right;
       }
     }
   };
   current->products.open.emplace_back(product);
-}
-
-inline void multiply(float (&d)[64], uint64_t a, uint64_t b) { multiply_any<false, false>(d, a, b); }
-
-template <bool right_by_row>
-void multiply_wide(float (&d)[128], uint64_t a, uint64_t b) {
-  multiply_any<true, right_by_row>(d, a, b);
 }
 
 inline uint32_t narrow_pair(float first, float second) {

@@ -216,23 +216,28 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
   std::iota(lanes.begin(), lanes.end(), 0);
   std::vector<bool> asleep(count / 32);
   random.seed(seed);
+  std::vector<int64_t> starts(blocks.size());  // the round in which a block begins: those of a cluster not at once
+  if (cluster > 1)
+    for (int64_t& start : starts) start = random() % 2 * (random() % 512);
   in_flight.clear();
   const auto can_run = [](const Fiber& fiber) {
     if (fiber.done || (fiber.ready && !fiber.ready())) return false;
     return !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
   };
-  for (bool runnable = true; runnable;) {
+  bool runnable = true;
+  for (int64_t round = 0; runnable; ++round) {
     runnable = false;
     std::shuffle(warps.begin(), warps.end(), random);
     std::shuffle(lanes.begin(), lanes.end(), random);
     for (const size_t warp : warps) {
       // half of them sleep for a while, so that warps drift apart as far as their barriers let them
       if (random() % 8 == 0) asleep[warp] = !asleep[warp];
+      const bool begun = round >= starts[warp * 32 / threads];
       for (const size_t lane : lanes) {
         Fiber& fiber = fibers[warp * 32 + lane];
         if (!can_run(fiber)) continue;
         runnable = true;
-        if (asleep[warp]) continue;
+        if (asleep[warp] || !begun) continue;
         fiber.waits_for = nullptr, fiber.ready = nullptr;
         current = &fiber;
         swapcontext(&scheduler, &fiber.context);

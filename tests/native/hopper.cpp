@@ -104,12 +104,12 @@ std::string run() {
   return "";
 }
 
-enum class WideFlaw { none, row_for_column, third_coordinate, stage_of_depth };
+enum class RowFlaw { none, row_for_column, third_coordinate, stage_of_depth };
 
-/// [64, 256] = a [64, 64] b, by one warpgroup: b is the second of two matrices, [256, 64] if `by_row`, else [64, 256].
-template <bool by_row, WideFlaw flaw>
-struct WideProduct {
-  static constexpr int threads = 128, resident = 1, depth = 64, columns = 256;
+/// [64, 128] = a [64, 64] b, by one warpgroup: b is the second of two matrices, [128, 64] if `by_row`, else [64, 128].
+template <bool by_row, RowFlaw flaw>
+struct RowProduct {
+  static constexpr int threads = 128, resident = 1, depth = 64;
   static constexpr size_t shared_bytes = 1024 + depth * (rows + columns) * 2 + 8;
 
   struct Arguments {
@@ -124,48 +124,48 @@ struct WideProduct {
       hopper::init_barrier(full, 1);
       hopper::expect_bytes(full, (rows + columns) * depth * 2);
       hopper::load_box(a, arguments.a, 0, 0, full);
-      const int second = flaw == WideFlaw::third_coordinate ? 0 : 1;
-      for (int block = 0; block < (by_row ? 1 : 4); ++block)
+      const int second = flaw == RowFlaw::third_coordinate ? 0 : 1;
+      for (int block = 0; block < (by_row ? 1 : 2); ++block)
         hopper::load_box(b + block * depth * 128, arguments.b, block * 64, 0, second, full);
       hopper::arrive(full);
     }
     group.sync();
     hopper::wait(full, 0);
-    float sum[128] = {};
+    float sum[64] = {};
     hopper::begin_products();
     for (int k = 0; k < depth; k += 16) {
-      const int at = flaw == WideFlaw::stage_of_depth ? 0 : k;
-      const bool rows_first = by_row != (flaw == WideFlaw::row_for_column);
+      const int at = flaw == RowFlaw::stage_of_depth ? 0 : k;
+      const bool rows_first = by_row != (flaw == RowFlaw::row_for_column);
       const uint64_t right =
           rows_first ? SwappedTile::operand_by_row(b + at * 2) : SwappedTile::operand(b + at * 128, depth);
-      hopper::multiply_wide<by_row>(sum, SwappedTile::operand_by_row(a + k * 2), right);
+      hopper::multiply<true, by_row>(sum, SwappedTile::operand_by_row(a + k * 2), right);
     }
     hopper::commit_products();
     hopper::wait_for_products<0>();
     const int warp = group.thread() / 32, lane = group.thread() % 32;
-    for (int i = 0; i < 128; ++i) {
+    for (int i = 0; i < 64; ++i) {
       const int m = warp * 16 + lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
       arguments.product[m * columns + n] = sum[i];
     }
   }
 };
 
-template <bool by_row, WideFlaw flaw>
-std::string run_wide() {
-  using Wide = WideProduct<by_row, flaw>;
-  constexpr int depth = Wide::depth, columns = Wide::columns;
+template <bool by_row, RowFlaw flaw>
+std::string run_rows() {
+  using Kernel = RowProduct<by_row, flaw>;
+  constexpr int depth = Kernel::depth;
   alignas(16) static uint16_t a[rows * depth], b[2 * depth * columns];
   static float product[rows * columns];
   for (int i = 0; i < rows * depth; ++i) a[i] = narrow<Dtype::bfloat16>(static_cast<float>(i * 7 % 13 - 6));
   for (int i = 0; i < 2 * depth * columns; ++i) b[i] = narrow<Dtype::bfloat16>(static_cast<float>(i * 5 % 11 - 5));
   const Matrices both = by_row ? Matrices{b, columns, depth, depth, 2, depth * columns}
                                : Matrices{b, depth, columns, columns, 2, depth * columns};
-  typename Wide::Arguments arguments{{}, {}, product};
+  typename Kernel::Arguments arguments{{}, {}, product};
   hopper::make_boxes(arguments.a, Matrices{a, rows, depth, depth}, rows);
   hopper::make_boxes(arguments.b, both, by_row ? columns : depth);
   std::fill_n(product, rows * columns, -1.0f);
   try {
-    launch<Wide>(arguments, 1, Wide::shared_bytes, nullptr);
+    launch<Kernel>(arguments, 1, Kernel::shared_bytes, nullptr);
   } catch (const std::runtime_error& error) {
     emulation::failure = nullptr;
     return error.what();
@@ -311,12 +311,12 @@ int main() {
   check("arrival", run<Flaw::arrival>());
   check("arrivals", run<Flaw::arrivals>());
   check("alignment", run<Flaw::alignment>());
-  check("wide, by row", run_wide<true, WideFlaw::none>(), false);
-  check("wide", run_wide<false, WideFlaw::none>(), false);
-  check("wide, by row: row_for_column", run_wide<true, WideFlaw::row_for_column>());
-  check("wide: row_for_column", run_wide<false, WideFlaw::row_for_column>());
-  check("wide, by row: third_coordinate", run_wide<true, WideFlaw::third_coordinate>());
-  check("wide: stage_of_depth", run_wide<false, WideFlaw::stage_of_depth>());
+  check("rows, right by row", run_rows<true, RowFlaw::none>(), false);
+  check("rows", run_rows<false, RowFlaw::none>(), false);
+  check("rows, right by row: row_for_column", run_rows<true, RowFlaw::row_for_column>());
+  check("rows: row_for_column", run_rows<false, RowFlaw::row_for_column>());
+  check("rows, right by row: third_coordinate", run_rows<true, RowFlaw::third_coordinate>());
+  check("rows: stage_of_depth", run_rows<false, RowFlaw::stage_of_depth>());
   check("pair", run_pair<PairFlaw::none>(), false);
   check("pair: bytes_before_expect", run_pair<PairFlaw::bytes_before_expect>(), false);
   check("pair: own_box_only", run_pair<PairFlaw::own_box_only>());
