@@ -2,101 +2,26 @@
 // an epilogue in the warps that computed them. Rows [offsets[e], offsets[e + 1]) are multiplied by weight [e]; those
 // behind the last expert form one more segment, whose product is zero.
 //
-// One persistent block per multiprocessor goes through a list of tiles of 128 rows x 256 columns, in two halves of 128
-// that need not stand side by side: gate and up of the same activations meet in one thread. A producer warpgroup fills
-// a ring of stages, 64 columns of the rows and of the weights; weights, and rows that stand in order, come in boxes
-// (TMA), gathered rows in pieces, whose numbers are read a tile ahead. Two consumer warpgroups have 64 rows each, and
-// multiply nothing where no row is. While they have their epilogue the producer fills the next tile's stages. Tiles
-// walk down 16 row tiles before they go on to the next columns, so that both operands stay in L2. Sums run in the order
-// of the depth and tiles are disjoint: the same bits for any grid.
+// Persistent blocks, one per multiprocessor, go in pairs through a list of tiles of 128 rows x 128 columns, in two
+// halves of 64 that need not stand side by side: gate and up of the same activations meet in one thread. The blocks of
+// a pair have neighbouring row tiles of one expert and the same columns: each loads half of the weights, for both.
+// Where an expert has one more row tile, they split its columns and share the rows, unless those are gathered.
+//
+// A producer warpgroup fills a ring of stages, 64 columns of the rows and of the weights; weights, and rows that stand
+// in order, come in boxes (TMA), gathered rows in pieces, whose numbers are read a tile ahead. Two consumer warpgroups
+// take turns at the tiles: while one has its epilogue, the other multiplies. The lower half of a tile's rows is
+// multiplied only where there are any. A stage is filled again when both blocks have read it, so both take the same
+// steps, a block without a tile too. Sums run in the order of the depth and tiles are disjoint: the same bits for any
+// grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
 #pragma once
 
-#include "cuda/hopper.cuh"
+#include "cuda/product_plan.cuh"
 #include "cuda/rows.cuh"
 
 namespace moe_unlearn {
-
-/// Rows sorted by expert; segment `experts` are those behind the last one.
-struct Segments {
-  const int32_t* offsets;  // [experts + 1]
-  int32_t experts, rows;
-
-  MOE_UNLEARN_DEVICE int32_t start(int32_t segment) const { return offsets[segment]; }
-  MOE_UNLEARN_DEVICE int32_t stop(int32_t segment) const { return segment < experts ? offsets[segment + 1] : rows; }
-};
-
-/// The rows that are multiplied, [rows, depth]: columns of stride 1, rows at 16-byte addresses.
-struct Left {
-  const uint16_t* data;
-  int64_t height, depth, stride;  // stride of rows, in elements
-  const int32_t* slots;           // position -> slot: row slot / top_k stands there; null: the position's own, in boxes
-  int32_t top_k;
-  hopper::Boxes boxes{};
-
-  bool fits() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0; }
-};
-
-struct ProductPlan {
-  static constexpr int rows = 128, half = 128, columns = 2 * half, depth = 64, stages = 4, height = 16;
-  static constexpr int consumer_rows = rows / 2;
-  static constexpr int warpgroup = 128, threads = 3 * warpgroup, consumer_warps = 2 * warpgroup / warp_size;
-  static constexpr int producer_registers = 88, consumer_registers = 208;
-  static constexpr int left_bytes = rows * depth * 2, right_bytes = columns * depth * 2;
-  static constexpr int stage_bytes = left_bytes + right_bytes;
-  static constexpr int alignment = 1024;  // of what swapped rows are counted from
-  static constexpr int max_segments = 4096;
-
-  int32_t column_tiles, step, distance;  // columns between tiles, and between the halves of one
-  int32_t steps;                         // stages of a tile
-  int32_t segments;
-  int64_t blocks;
-
-  /// Of `width` columns, or of two halves of as many if `halves`.
-  ProductPlan(const Segments& s, int64_t width, bool halves, int64_t depth_of_all, const Device& device)
-      : column_tiles(static_cast<int32_t>(ceil_div<int64_t>(width, halves ? half : columns))),
-        step(halves ? half : columns), distance(halves ? static_cast<int32_t>(width) : half),
-        steps(static_cast<int32_t>(ceil_div<int64_t>(depth_of_all, depth))), segments(s.experts + 1) {
-    const int64_t most_row_tiles = ceil_div<int64_t>(s.rows, rows) + std::min(s.rows, segments);
-    blocks = std::min<int64_t>(most_row_tiles * column_tiles, device.multiprocessors);
-  }
-
-  static bool fits(int64_t experts, int64_t num_rows, int64_t width, int64_t depth_of_all) {
-    // tiles are counted in 32 bits
-    const int64_t tiles = (ceil_div<int64_t>(num_rows, rows) + experts + 1) * ceil_div<int64_t>(width, half);
-    return experts < max_segments && num_rows <= INT32_MAX && width % 8 == 0 && depth_of_all % 8 == 0 &&
-           2 * width <= INT32_MAX && depth_of_all <= INT32_MAX && tiles <= INT32_MAX / 2;
-  }
-
-  size_t shared_bytes() const {
-    return alignment + stages * stage_bytes + sizeof(hopper::Ring<stages>) + (threads / warp_size + segments) * 4;
-  }
-
-  struct Tile {
-    int32_t segment, first, stop, column_tile;  // rows [first, stop) are those of its segment from its first one on
-  };
-
-  /// Which tile stands at `index`; ends: the number of row tiles up to and with each segment. false behind the last.
-  MOE_UNLEARN_DEVICE bool find(Tile& tile, int32_t index, const int32_t* ends, const Segments& s) const {
-    int32_t low = 0, high = segments;
-    while (low < high) {
-      const int32_t middle = (low + high) / 2;
-      if (ends[middle] * column_tiles > index)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    if (low == segments) return false;
-    const int32_t before = low > 0 ? ends[low - 1] : 0, all = ends[low] - before;
-    const int32_t local = index - before * column_tiles, group = local / (height * column_tiles) * height;
-    const int32_t within = local - group * column_tiles, here = all - group < height ? all - group : int32_t{height};
-    const int32_t first = s.start(low) + (group + within % here) * rows;
-    tile = {low, first, s.stop(low), within / here};
-    return true;
-  }
-};
 
 /// Exchanges among 4 neighbouring lanes: word i of lane j goes to word j of lane i.
 template <class Group>
@@ -119,7 +44,7 @@ MOE_UNLEARN_DEVICE void transpose_quad(const Group& group, float (&word)[4]) {
 /// Of a fragment's rows in `half` (0 or 1) and its 32 columns from 8 * block on: the 8 neighbouring columns that are
 /// this lane's, 8 * (lane % 4) behind them.
 template <class Group>
-MOE_UNLEARN_DEVICE void take_chunk(const Group& group, const float (&sum)[128], int block, int half, Chunk& chunk) {
+MOE_UNLEARN_DEVICE void take_chunk(const Group& group, const float (&sum)[64], int block, int half, Chunk& chunk) {
   MOE_UNLEARN_UNROLL
   for (int j = 0; j < 2; ++j) {
     float word[4];
@@ -131,20 +56,20 @@ MOE_UNLEARN_DEVICE void take_chunk(const Group& group, const float (&sum)[128], 
   }
 }
 
-/// What an epilogue knows of a row before its product.
+/// What an epilogue knows of a row beside its product.
 struct ProductRow {
   int32_t position, segment;
   bool exists, used;  // whether there is such a row, and whether an expert has it
 };
 
-/// Epilogue: `Row find(ProductRow)` before the product, `store(group, Row&, column, first, second)` for 8 columns of
+/// Epilogue: `Row find(ProductRow)`, `store(group, Row&, column, first, second)` for 8 columns of
 /// each half, those of the first from `column` on, and `finish(group, Row&, column tile)`; all lanes of a warp call
 /// each.
 template <class Epilogue, bool right_by_row>
 struct GroupedProduct {
   using Plan = ProductPlan;
-  using Ring = hopper::Ring<Plan::stages>;
-  static constexpr int threads = Plan::threads, resident = 1;
+  using Barriers = Plan::Barriers;
+  static constexpr int threads = Plan::threads, resident = 1, cluster = 2;
 
   struct Arguments {
     Left left;
@@ -154,18 +79,17 @@ struct GroupedProduct {
     Epilogue epilogue;
   };
 
-  /// ends[i] = the row tiles of the segments up to i.
+  /// ends[i] = the items of the segments up to i.
   template <class Group>
   static MOE_UNLEARN_DEVICE void count_tiles(const Group& group, const Arguments& a, int32_t* ends, int32_t* sums) {
     for (int32_t first = 0, before = 0, total; first < a.plan.segments; first += threads, before += total) {
       const int32_t segment = first + group.thread();
       int32_t own = 0;
       if (segment < a.plan.segments)
-        own = ceil_div(a.segments.stop(segment) - a.segments.start(segment), int32_t{Plan::rows});
+        own = a.plan.items(a.segments.stop(segment) - a.segments.start(segment));
       const int32_t others = block_scan<threads>(group, own, sums, total);
       if (segment < a.plan.segments) ends[segment] = before + others + own;
     }
-    group.sync();
   }
 
   static MOE_UNLEARN_DEVICE int32_t steps_of(const Arguments& a, const Plan::Tile& tile) {
@@ -203,124 +127,151 @@ struct GroupedProduct {
     }
   };
 
-  /// One thread asks for a stage's boxes: weights, and rows that stand in order.
+  /// One thread asks for a stage's boxes: weights, and rows that stand in order. Of those that both blocks need, each
+  /// loads one for both.
   static MOE_UNLEARN_DEVICE void load_boxes(
-      const Arguments& a, const Plan::Tile& tile, int32_t first, uint32_t to, uint64_t& full) {
-    constexpr int block = SwappedTile::block_columns, half_bytes = Plan::right_bytes / 2;
-    const bool short_tile = tile.stop - tile.first <= Plan::consumer_rows;
-    const int left_boxes = a.left.slots ? 0 : short_tile ? 1 : 2;
-    hopper::expect_bytes(full, Plan::right_bytes + left_boxes * (Plan::left_bytes / 2));
-    for (int i = 0; i < left_boxes; ++i)
-      hopper::load_box(
-          to + i * (Plan::left_bytes / 2), a.left.boxes, first, tile.first + i * Plan::consumer_rows, full);
+      const Arguments& a, const Plan::Tile& tile, int rank, int32_t first, uint32_t to, uint64_t& full) {
+    constexpr int half_bytes = Plan::right_bytes / 2, product_bytes = Plan::left_bytes / 2;
+    const int left_boxes = a.left.slots ? 0 : tile.rows() <= Plan::product_rows ? 1 : 2;
+    hopper::expect_bytes(full, Plan::right_bytes + left_boxes * product_bytes);
+    const auto load = [=](Plan::Shared what, int own, auto&&... box) {
+      if (tile.shared != what)
+        hopper::load_box(box...);
+      else if (own == rank)
+        hopper::load_box_for_both(box...);
+    };
+    for (int i = 0; i < left_boxes; ++i) {
+      const int32_t row = tile.first + i * Plan::product_rows;
+      load(Plan::Shared::rows, i, to + i * product_bytes, a.left.boxes, first, row, full);
+    }
     for (int i = 0; i < 2; ++i) {
       const uint32_t there = to + Plan::left_bytes + i * half_bytes;
       const int32_t column = tile.column_tile * a.plan.step + i * a.plan.distance;
-      if constexpr (right_by_row) {
-        hopper::load_box(there, a.right, first, column, tile.segment, full);
-      } else {
-        hopper::load_box(there, a.right, column, first, tile.segment, full);
-        hopper::load_box(there + half_bytes / 2, a.right, column + block, first, tile.segment, full);
-      }
+      const int32_t x = right_by_row ? first : column, y = right_by_row ? column : first;
+      load(Plan::Shared::columns, i, there, a.right, x, y, tile.segment, full);
     }
   }
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void produce(
-      const Group& group, const Arguments& a, uint32_t memory, Ring& ring, const int32_t* ends) {
-    constexpr int lag = 1;  // stages between a copy and the word that it is there
+      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, const int32_t* ends) {
+    constexpr int lag = 2;  // stages between a copy and the word that it is there
+    const int rank = hopper::cluster_rank();
+    const auto pairs = static_cast<int32_t>(group.blocks() / 2);
+    auto index = static_cast<int32_t>(group.block() / 2);
     int64_t step = 0;
-    int32_t index = static_cast<int32_t>(group.block());
     Plan::Tile tile, next;
     Gather gather;
-    bool more = a.plan.find(next, index, ends, a.segments);
+    bool more = a.plan.find(next, index, rank, ends, a.segments);
     if (more && a.left.slots) gather.find_next(a.left, next, group.thread());
     while (more) {
       tile = next;
       if (a.left.slots) gather.take(a.left);
-      more = a.plan.find(next, index += static_cast<int32_t>(group.blocks()), ends, a.segments);
+      more = a.plan.find(next, index += pairs, rank, ends, a.segments);
       if (more && a.left.slots) gather.find_next(a.left, next, group.thread());
       for (int32_t i = 0, steps = steps_of(a, tile); i < steps; ++i, ++step) {
-        const int stage = Ring::stage(step);
-        ring.wait_until_empty(step);
+        barriers.ring.wait_until_empty(step);
+        const int stage = barriers.ring.stage(step);
         const uint32_t to = memory + stage * Plan::stage_bytes;
-        if (group.thread() == 0) load_boxes(a, tile, i * Plan::depth, to, ring.full[stage]);
-        if (a.left.slots) gather.copy(a.left, to, group.thread(), i * Plan::depth);
+        if (tile.rows() > 0) {
+          if (group.thread() == 0) load_boxes(a, tile, rank, i * Plan::depth, to, barriers.ring.full[stage]);
+          if (a.left.slots) gather.copy(a.left, to, group.thread(), i * Plan::depth);
+        }
         hopper::commit_copies();
         hopper::wait_for_copies<lag>();
-        if (step >= lag) ring.publish(step - lag);
+        if (step >= lag) barriers.ring.publish(step - lag);
       }
     }
     hopper::wait_for_copies<0>();
-    for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) ring.publish(done);
+    for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) barriers.ring.publish(done);
   }
 
-  /// sum = the product of this consumer's rows, from the stages of step and the following; nothing if it has none.
+  /// Both blocks may fill the stage again, as far as this warp goes.
+  static MOE_UNLEARN_DEVICE void release(Barriers& barriers, int64_t step, int lane) {
+    if (lane < cluster) barriers.ring.release_at(step, lane);
+  }
+
+  /// sum = the products of the tile's first `parts` times 64 rows, from the stages of step and the following.
+  template <int parts>
   static MOE_UNLEARN_DEVICE void multiply(
-      float (&sum)[128], int64_t step, int32_t steps, bool has_rows, uint32_t left, uint32_t right, Ring& ring,
-      bool leader) {
+      float (&sum)[2][64], int64_t step, int32_t steps, uint32_t memory, Barriers& barriers, int lane) {
     MOE_UNLEARN_UNROLL
-    for (int i = 0; i < 128; ++i) sum[i] = 0;
-    hopper::fence_uses(sum);
+    for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
+    hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
     for (const int64_t last = step + steps; step < last; ++step) {
-      ring.wait_until_full(step);
-      if (!has_rows) {
-        if (leader) ring.release(step);
-        continue;
-      }
-      const uint32_t own = left + Ring::stage(step) * Plan::stage_bytes;
-      const uint32_t other = right + Ring::stage(step) * Plan::stage_bytes;
+      barriers.ring.wait_until_full(step);
+      const uint32_t left = memory + barriers.ring.stage(step) * Plan::stage_bytes, right = left + Plan::left_bytes;
       hopper::begin_products();
       MOE_UNLEARN_UNROLL
       for (int k = 0; k < Plan::depth; k += 16) {
-        const uint64_t operand = right_by_row ? SwappedTile::operand_by_row(other + k * 2)
-                                              : SwappedTile::operand(other + k * SwappedTile::row_bytes, Plan::depth);
-        hopper::multiply_wide<right_by_row>(sum, SwappedTile::operand_by_row(own + k * 2), operand);
+        const uint64_t operand = right_by_row ? SwappedTile::operand_by_row(right + k * 2)
+                                              : SwappedTile::operand(right + k * SwappedTile::row_bytes, Plan::depth);
+        MOE_UNLEARN_UNROLL
+        for (int part = 0; part < parts; ++part)
+          hopper::multiply<true, right_by_row>(
+              sum[part], SwappedTile::operand_by_row(left + part * (Plan::left_bytes / 2) + k * 2), operand);
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (leader && step > last - steps) ring.release(step - 1);
+      if (step > last - steps) release(barriers, step - 1, lane);
     }
     hopper::wait_for_products<0>();
-    if (leader && has_rows && steps > 0) ring.release(step - 1);
-    hopper::fence_uses(sum);
+    if (steps > 0) release(barriers, step - 1, lane);
+    hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void consume(
-      const Group& group, const Arguments& a, uint32_t memory, Ring& ring, const int32_t* ends) {
+      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, const int32_t* ends) {
     const int lane = group.thread() % warp_size, warp = group.thread() % Plan::warpgroup / warp_size;
-    const int self = group.thread() / Plan::warpgroup - 1;
-    const uint32_t left = memory + self * (Plan::left_bytes / 2), right = memory + Plan::left_bytes;
-    int64_t step = 0;
-    float sum[128];
+    const int self = group.thread() / Plan::warpgroup - 1, rank = hopper::cluster_rank();
+    const auto pair = static_cast<int32_t>(group.block() / 2), pairs = static_cast<int32_t>(group.blocks() / 2);
+    float sum[2][64];
     Plan::Tile tile;
-    for (int32_t index = static_cast<int32_t>(group.block()); a.plan.find(tile, index, ends, a.segments);
-         index += static_cast<int32_t>(group.blocks())) {
-      const int32_t first = tile.first + self * Plan::consumer_rows, steps = steps_of(a, tile);
-      typename Epilogue::Row row[2];
-      MOE_UNLEARN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16
-        const int32_t position = first + warp * 16 + half * 8 + lane / 4;
-        const bool exists = position < tile.stop;
-        row[half] = a.epilogue.find({position, tile.segment, exists, exists && tile.segment < a.segments.experts});
-      }
-      multiply(sum, step, steps, first < tile.stop, left, right, ring, lane == 0);
-      step += steps;
-      if (first >= tile.stop) continue;
-      MOE_UNLEARN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        MOE_UNLEARN_UNROLL
-        for (int block = 0; block < Plan::half / 8; block += 4) {
-          Chunk chunk[2];
-          take_chunk(group, sum, block, half, chunk[0]);
-          take_chunk(group, sum, block + Plan::half / 8, half, chunk[1]);
-          const int32_t column = tile.column_tile * a.plan.step + (block + lane % 4) * 8;
-          a.epilogue.store(group, row[half], column, chunk[0], chunk[1]);
+    if (self == 1) hopper::arrive(barriers.turn[0]);
+    for (int32_t item = self; a.plan.find(tile, pair + item * pairs, rank, ends, a.segments); item += 2) {
+      hopper::wait(barriers.turn[self], item / 2 & 1);
+      const int32_t steps = steps_of(a, tile);
+      const int64_t step = int64_t{item} * a.plan.steps;  // segments without a product are the last
+      if (tile.rows() > Plan::product_rows) {
+        multiply<2>(sum, step, steps, memory, barriers, lane);
+      } else if (tile.rows() > 0) {
+        multiply<1>(sum, step, steps, memory, barriers, lane);
+      } else {
+        for (int32_t i = 0; i < steps; ++i) {
+          barriers.ring.wait_until_full(step + i);
+          release(barriers, step + i, lane);
         }
-        a.epilogue.finish(group, row[half], tile.column_tile);
       }
+      hopper::arrive(barriers.turn[self ^ 1]);
+      MOE_UNLEARN_UNROLL
+      for (int part = 0; part < 2; ++part) {
+        const int32_t first = tile.first + part * Plan::product_rows;
+        if (first < tile.stop) store(group, a, tile, sum[part], first + warp * 16 + lane / 4);
+      }
+    }
+  }
+
+  /// A warp's part of an epilogue: of every 8 columns a thread holds two, of the rows at `position` and 8 behind it.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void store(
+      const Group& group, const Arguments& a, const Plan::Tile& tile, const float (&sum)[64], int32_t position) {
+    const int lane = group.thread() % warp_size;
+    MOE_UNLEARN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int32_t at = position + half * 8;
+      const bool exists = at < tile.stop;
+      typename Epilogue::Row row =
+          a.epilogue.find({at, tile.segment, exists, exists && tile.segment < a.segments.experts});
+      MOE_UNLEARN_UNROLL
+      for (int block = 0; block < Plan::half / 8; block += 4) {
+        Chunk chunk[2];
+        take_chunk(group, sum, block, half, chunk[0]);
+        take_chunk(group, sum, block + Plan::half / 8, half, chunk[1]);
+        const int32_t column = tile.column_tile * a.plan.step + (block + lane % 4) * 8;
+        a.epilogue.store(group, row, column, chunk[0], chunk[1]);
+      }
+      a.epilogue.finish(group, row, tile.column_tile);
     }
   }
 
@@ -332,21 +283,24 @@ struct GroupedProduct {
     const uint32_t start = hopper::shared_address(shared), alignment = Plan::alignment;
     const uint32_t memory = (start + alignment - 1) / alignment * alignment;
     unsigned char* const behind = shared + (memory - start) + Plan::stages * Plan::stage_bytes;
-    auto& ring = *reinterpret_cast<Ring*>(behind);
-    auto* const sums = reinterpret_cast<int32_t*>(behind + sizeof(Ring));
+    auto& barriers = *reinterpret_cast<Barriers*>(behind);
+    auto* const sums = reinterpret_cast<int32_t*>(behind + sizeof(Barriers));
     int32_t* const ends = sums + threads / warp_size;
     if (group.thread() == 0) {
-      ring.init(Plan::warpgroup, Plan::consumer_warps);
+      barriers.ring.init(Plan::warpgroup, cluster * Plan::warpgroup / warp_size);
+      for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, Plan::warpgroup);
       hopper::fence_barriers();
     }
     count_tiles(group, a, ends, sums);
+    hopper::sync_cluster();
     if (group.thread() < Plan::warpgroup) {
       hopper::decrease_registers<Plan::producer_registers>();
-      produce(group, a, memory, ring, ends);
+      produce(group, a, memory, barriers, ends);
     } else {
       hopper::increase_registers<Plan::consumer_registers>();
-      consume(group, a, memory, ring, ends);
+      consume(group, a, memory, barriers, ends);
     }
+    hopper::sync_cluster();
 #endif
   }
 };
@@ -367,7 +321,7 @@ cudaError_t grouped_product(
   if (device.capability != 90 || !compiled || !fits) return cudaErrorNotSupported;
   if (!left.slots) {
     const Matrices rows{left.data, left.height, left.depth, left.stride};
-    error = hopper::make_boxes(left.boxes, rows, ProductPlan::consumer_rows);
+    error = hopper::make_boxes(left.boxes, rows, ProductPlan::product_rows);
     if (error != cudaSuccess) return error;
   }
   hopper::Boxes right{};

@@ -1,6 +1,6 @@
-// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, copies of gathered rows and
-// of whole boxes, and the tensor cores' wgmma on tiles of blocks that lie [rows, 64] in shared memory. sm_90a only; an
-// emulation has the same names.
+// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, clusters, copies of gathered
+// rows and of whole boxes, and the tensor cores' wgmma on tiles of blocks that lie [rows, 64] in shared memory. sm_90a
+// only; an emulation has the same names.
 
 #pragma once
 
@@ -85,11 +85,37 @@ MOE_UNLEARN_DEVICE void expect_bytes(uint64_t& barrier, int bytes) {
                : "memory");
 }
 
-/// Makes initialised barriers visible to load_box.
+/// Makes initialised barriers visible to load_box, and after sync_cluster to the cluster.
 MOE_UNLEARN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 /// Makes ordinary writes to shared memory visible to wgmma.
 MOE_UNLEARN_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Clusters: blocks whose shared memory is laid out alike, and reached by offset and rank --------------
+
+MOE_UNLEARN_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+/// All threads of the cluster meet. Nothing may reach a block before it has met the others once, nor after its end: a
+/// block whose barriers or memory others use meets them first and last.
+MOE_UNLEARN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/// Arrives at the barrier that stands at this one's offset in the block of this rank, which may be the own one. This
+/// says that products have read a stage; it makes no ordinary write visible to another block, which would cost a fence
+/// of the whole GPU each time.
+MOE_UNLEARN_DEVICE void arrive_at(uint64_t& barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
 
 // ---- Copies --------------------------------------------------------------------------------------------------
 
@@ -152,6 +178,26 @@ MOE_UNLEARN_DEVICE void load_box(
       : "memory");
 }
 
+/// load_box to the same offset of both blocks of a cluster of two: in each, the bytes count for its own barrier at this
+/// one's offset, and may come before it expects them, but not before its phase.
+MOE_UNLEARN_DEVICE void load_box_for_both(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"(uint16_t{3})
+      : "memory");
+}
+
+/// The same from one of several matrices.
+MOE_UNLEARN_DEVICE void load_box_for_both(
+    uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&boxes), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(&barrier)), "h"(uint16_t{3})
+      : "memory");
+}
+
 // ---- Products ------------------------------------------------------------------------------------------------
 
 MOE_UNLEARN_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -169,7 +215,9 @@ MOE_UNLEARN_DEVICE void fence_uses(float (&d)[size]) {
   for (int i = 0; i < size; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-/// d [64, 128] += a^T [64, 16] b [16, 128] by a warpgroup; a and b as `operand` describes them.
+/// d [64, 128] += a [64, 16] b [16, 128] by a warpgroup. a^T lies as `operand` describes it, or, if `left_by_row`, a as
+/// `operand_by_row` does; b as `operand` does, or, if `right_by_row`, b^T as `operand_by_row` does.
+template <bool left_by_row = false, bool right_by_row = false>
 MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile(
       "{ .reg .pred p; setp.eq.b32 p, 0, 0;\n"
@@ -178,7 +226,7 @@ MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 1, 1; }\n"
+      "%64, %65, p, 1, 1, %66, %67; }\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
         "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
         "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
@@ -190,48 +238,7 @@ MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
         "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b));
-}
-
-/// d [64, 256] += a [64, 16] b^T by a warpgroup: a as `operand_by_row` describes it, and b [256, 16] too if
-/// `right_by_row`, else b^T [16, 256] as `operand` does.
-template <bool right_by_row>
-MOE_UNLEARN_DEVICE void multiply_wide(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{ .reg .pred p; setp.eq.b32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,"
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, %130; }\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-        "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
-        "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
-        "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]),
-        "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]),
-        "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),
-        "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]),
-        "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]),
-        "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]),
-        "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]),
-        "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
-        "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "n"(right_by_row ? 0 : 1));
+      : "l"(a), "l"(b), "n"(left_by_row ? 0 : 1), "n"(right_by_row ? 0 : 1));
 }
 
 /// Two floats to the nearest bfloat16 numbers, the first in the lower half.
@@ -290,6 +297,8 @@ struct Ring {
     arrive(full[stage(step)]);
   }
   MOE_UNLEARN_DEVICE void release(int64_t step) { arrive(empty[stage(step)]); }
+  /// The stage of a block of the cluster, which others fill too.
+  MOE_UNLEARN_DEVICE void release_at(int64_t step, int rank) { arrive_at(empty[stage(step)], rank); }
 };
 
 }  // namespace moe_unlearn::hopper

@@ -154,39 +154,58 @@ void check_arithmetic_dtype() {
   CHECK(arithmetic_dtype(o) == Dtype::float32);
 }
 
-/// Every tile of every segment is found once, and those that follow one another share weights, then rows.
+/// Every tile of every segment is found once; a pair's blocks share weights or rows, and items that follow one another
+/// share weights, then rows.
 void check_product() {
   const Device h200{132, 227 * 1024, 90};
   const std::vector<int32_t> offsets{0, 0, 1, 129, 129, 2500, 2500};  // 2 rows behind the last expert
   const Segments segments{offsets.data(), static_cast<int32_t>(offsets.size()) - 1, 2502};
   CHECK(segments.stop(6) == 2502 && segments.stop(5) == 2500);
   for (const bool halves : {false, true})
-    for (const int64_t width : {8, 128, 136, 256, 520}) {
+    for (const int64_t width : {8, 64, 72, 128, 136, 520}) {
       const ProductPlan plan(segments, width, halves, 72, h200);
       CHECK(plan.segments == 7 && plan.steps == 2 && plan.shared_bytes() <= 227 * 1024);
-      CHECK(plan.column_tiles == (width + plan.step - 1) / plan.step && plan.distance == (halves ? width : 128));
+      CHECK(plan.column_tiles == (width + plan.step - 1) / plan.step && plan.distance == (halves ? width : 64));
+      CHECK(plan.blocks == 2 * std::min(66, (20 + 7) * ((plan.column_tiles + 1) / 2)));
       std::vector<int32_t> ends, seen;
       for (int32_t s = 0, sum = 0; s < plan.segments; ++s)
-        ends.push_back(sum += (segments.stop(s) - segments.start(s) + 127) / 128);
-      CHECK(plan.blocks == std::min(132, (20 + 7) * plan.column_tiles));
-      ProductPlan::Tile tile, before{-1, 0, 0, 0};
+        ends.push_back(sum += plan.items(segments.stop(s) - segments.start(s)));
+      using Shared = ProductPlan::Shared;
+      ProductPlan::Tile tile[2], before{-1, 0, 0, 0, Shared::nothing};
       int32_t index = 0, turns = 0;
-      for (; plan.find(tile, index, ends.data(), segments); ++index) {
-        CHECK(tile.stop == segments.stop(tile.segment) && tile.first < tile.stop);
-        CHECK(tile.column_tile < plan.column_tiles);
-        CHECK((tile.first - segments.start(tile.segment)) % 128 == 0);
-        seen.push_back(tile.first * plan.column_tiles + tile.column_tile);
-        const bool same = tile.segment == before.segment && tile.column_tile == before.column_tile;
-        CHECK(same || tile.column_tile == 0 || tile.column_tile == before.column_tile + 1);
-        CHECK(!same || tile.first == before.first + 128);
+      for (; plan.find(tile[0], index, 0, ends.data(), segments); ++index) {
+        CHECK(plan.find(tile[1], index, 1, ends.data(), segments));
+        const int32_t apart = tile[1].column_tile - tile[0].column_tile;
+        const bool own_columns = tile[1].column_tile < plan.column_tiles;
+        CHECK(tile[0].segment == tile[1].segment && tile[0].shared == tile[1].shared && tile[0].rows() > 0);
+        if (tile[0].shared == Shared::columns)
+          CHECK(apart == 0 && tile[1].first == tile[0].first + 128 && tile[1].rows() > 0);
+        else
+          CHECK(apart == 1 && tile[0].rows() <= 128 && tile[1].rows() == (own_columns ? tile[0].rows() : 0));
+        CHECK((tile[0].shared == Shared::nothing) == !own_columns);
+        for (const auto& own : tile) {
+          if (own.rows() == 0) continue;
+          CHECK(own.stop == segments.stop(own.segment) && own.column_tile < plan.column_tiles);
+          CHECK((own.first - segments.start(own.segment)) % 128 == 0);
+          seen.push_back(own.first * plan.column_tiles + own.column_tile);
+        }
+        if (tile[0].shared != Shared::columns) continue;
+        const bool same = tile[0].segment == before.segment && tile[0].column_tile == before.column_tile;
+        CHECK(same || tile[0].column_tile == 0 || tile[0].column_tile == before.column_tile + 1);
+        CHECK(!same || tile[0].first == before.first + 256);
         turns += !same;
-        before = tile;
+        before = tile[0];
       }
-      CHECK(index == ends.back() * plan.column_tiles);
-      CHECK(turns == (1 + 1 + 2 + 1) * plan.column_tiles || plan.column_tiles == 1);
+      CHECK(index == ends.back());
+      CHECK(turns == 2 * plan.column_tiles || plan.column_tiles == 1);  // 9 pairs of row tiles
       std::sort(seen.begin(), seen.end());
       CHECK(std::unique(seen.begin(), seen.end()) == seen.end());
+      CHECK(static_cast<int32_t>(seen.size()) == (1 + 1 + 19 + 1) * plan.column_tiles);
     }
+  for (const int multiprocessors : {1, 2, 3})  // pairs, if need be on one multiprocessor
+    CHECK(ProductPlan(segments, 520, false, 72, {multiprocessors, 227 * 1024, 90}).blocks == 2);
+  CHECK(ProductPlan(segments, 8, false, 0, h200).steps == 0);
+  CHECK(ProductPlan::producer_registers + 2 * ProductPlan::consumer_registers == 3 * 168);  // what a launch gives out
   const int64_t million = 1 << 20;
   CHECK(ProductPlan::fits(4095, 128 * million, 4096, 4096) && !ProductPlan::fits(4096, 1, 8, 8));
   CHECK(!ProductPlan::fits(1, 1, 12, 8) && !ProductPlan::fits(1, 1, 8, 12));

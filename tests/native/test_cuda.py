@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reas
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # what the ops of Hopper multiply by, and what copies their boxes
 HOPPER = {
-    "expert_mlp": ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "UTMALDG.3D"),
+    "expert_mlp": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.3D", "UTMALDG.3D.MULTICAST"),
     "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D"),
 }
 CUDA = replace(CPU, kind="cuda")  # emulated, on a machine with a GPU too: see the fixture `gpu`
@@ -278,9 +278,16 @@ def test_mlp_in_many_orders_of_threads(gpu, seed):
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 129])
 def test_mlp_of_one_expert_with_rows_around_a_tile(gpu, tokens):
-    """Consumers without a row, with one and with all of theirs."""
+    """Tiles whose lower half has no row, one and all of its own."""
     gpu.emulate(1 + tokens % 2, seed=tokens)
     exact_mlp.check(CUDA, exact_mlp.layer("one_expert", tokens, 72, 8, top_k=1, transposed=True))
+
+
+@pytest.mark.parametrize(("tokens", "multiprocessors"), [(260, 2), (300, 5)])
+def test_mlp_of_pairs_of_blocks(gpu, tokens, multiprocessors):
+    """Two row tiles that share weights; a third one, whose columns two blocks split or of which one has none."""
+    gpu.emulate(multiprocessors, seed=tokens)
+    exact_mlp.check(CUDA, exact_mlp.layer("one_expert", tokens, 72, 136, top_k=1, transposed=tokens == 300))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

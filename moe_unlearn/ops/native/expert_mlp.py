@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_unlearn.errors import Unfit
 from moe_unlearn.ops.expert_mlp import _backward_ref, _forward_ref, largest_of
 
-_MOST_EXPERTS = 4095  # `ProductPlan::max_segments` in csrc/cuda/grouped_product.cuh, with those behind the last one
+_MOST_EXPERTS = 4095  # `ProductPlan::max_segments` in csrc/cuda/product_plan.cuh, with those behind the last one
 
 
 def in_pieces(rows: Tensor) -> Tensor:
