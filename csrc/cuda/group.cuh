@@ -5,6 +5,9 @@
 //
 //     template <class Group> static MOE_UNLEARN_DEVICE void run(const Group&, const Arguments&, unsigned char* shared)
 //
+// and, if it needs them, `cluster`: so many neighbouring blocks run at once and reach each other's shared memory; a
+// launch has a multiple of it.
+//
 // It touches its threads only through Group, so that the same code runs on a GPU and, compiled by a C++ compiler
 // with -DMOE_UNLEARN_EMULATION=<header>, in simulated threads with their order shuffled between barriers. No torch.
 
@@ -47,6 +50,15 @@ MOE_UNLEARN_HOST_DEVICE int count_bits(uint32_t bits) {
 #else
   return __builtin_popcount(bits);
 #endif
+}
+
+/// How many blocks of a kernel form a cluster.
+template <class Kernel>
+constexpr int cluster_of() {
+  if constexpr (requires { Kernel::cluster; })
+    return Kernel::cluster;
+  else
+    return 1;
 }
 
 /// What a plan needs to know of a GPU.
@@ -106,16 +118,25 @@ cudaError_t launch(
     const auto error = cudaFuncSetAttribute(entry<Kernel>, attribute, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  constexpr int cluster = cluster_of<Kernel>();
+  if (blocks % cluster != 0) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = Kernel::threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, entry<Kernel>, arguments);
 }
 

@@ -1,6 +1,6 @@
-// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, copies of gathered rows and
-// of whole boxes, and the tensor cores' wgmma on tiles of blocks that lie [rows, 64] in shared memory. sm_90a only; an
-// emulation has the same names.
+// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, clusters, copies of gathered
+// rows and of whole boxes, and the tensor cores' wgmma on tiles of blocks that lie [rows, 64] in shared memory. sm_90a
+// only; an emulation has the same names.
 
 #pragma once
 
@@ -85,11 +85,37 @@ MOE_UNLEARN_DEVICE void expect_bytes(uint64_t& barrier, int bytes) {
                : "memory");
 }
 
-/// Makes initialised barriers visible to load_box.
+/// Makes initialised barriers visible to load_box, and after sync_cluster to the cluster.
 MOE_UNLEARN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 /// Makes ordinary writes to shared memory visible to wgmma.
 MOE_UNLEARN_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Clusters: blocks whose shared memory is laid out alike, and reached by offset and rank --------------
+
+MOE_UNLEARN_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+/// All threads of the cluster meet. Nothing may reach a block before it has met the others once, nor after its end: a
+/// block whose barriers or memory others use meets them first and last.
+MOE_UNLEARN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/// Arrives at the barrier that stands at this one's offset in the block of this rank, which may be the own one. This
+/// says that products have read a stage; it makes no ordinary write visible to another block, which would cost a fence
+/// of the whole GPU each time.
+MOE_UNLEARN_DEVICE void arrive_at(uint64_t& barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
 
 // ---- Copies --------------------------------------------------------------------------------------------------
 
@@ -149,6 +175,26 @@ MOE_UNLEARN_DEVICE void load_box(
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
           "r"(to), "l"(&boxes), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+/// load_box to the same offset of both blocks of a cluster of two: in each, the bytes count for its own barrier at this
+/// one's offset, and may come before it expects them, but not before its phase.
+MOE_UNLEARN_DEVICE void load_box_for_both(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"(uint16_t{3})
+      : "memory");
+}
+
+/// The same from one of several matrices.
+MOE_UNLEARN_DEVICE void load_box_for_both(
+    uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&boxes), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(&barrier)), "h"(uint16_t{3})
       : "memory");
 }
 
@@ -290,6 +336,8 @@ struct Ring {
     arrive(full[stage(step)]);
   }
   MOE_UNLEARN_DEVICE void release(int64_t step) { arrive(empty[stage(step)]); }
+  /// The stage of a block of the cluster, which others fill too.
+  MOE_UNLEARN_DEVICE void release_at(int64_t step, int rank) { arrive_at(empty[stage(step)], rank); }
 };
 
 }  // namespace moe_unlearn::hopper

@@ -2,7 +2,8 @@
 // what the kernels expect. Included by emulation.h, inside the namespace moe_unlearn.
 //
 // Asynchronous work is done at once or as late as it may, by chance: so a place that is written too early shows, and
-// one that is read too early. What ordinary copies wrote is invisible to wgmma until it has been fenced.
+// one that is read too early. What ordinary copies wrote is invisible to wgmma until it has been fenced. What reaches a
+// block of a cluster after its end is an error.
 
 namespace hopper {
 
@@ -54,11 +55,15 @@ inline void init_barrier(uint64_t& barrier, int count) {
   barrier = std::bit_cast<uint64_t>(Phase{static_cast<uint8_t>(count), static_cast<uint8_t>(count), 0, 0, 0});
 }
 
-inline void arrive(uint64_t& barrier) {
+inline void count_arrival(uint64_t& barrier) {
   change(barrier, [](Phase& phase) {
     if (phase.arrivals_left == 0) emulation::failure = "more arrivals than a phase has";
     --phase.arrivals_left;
   });
+}
+
+inline void arrive(uint64_t& barrier) {
+  count_arrival(barrier);
   // what this thread should have done before may now be missed by others
   if (emulation::random() % 4 == 0) yield([] { return true; });
 }
@@ -74,6 +79,32 @@ inline void wait(uint64_t& barrier, uint32_t parity) {
 }
 
 inline void fence_barriers() {}
+
+// ---- Clusters ------------------------------------------------------------------------------------------------
+
+inline int cluster_rank() { return current->block->rank; }
+
+inline void sync_cluster() { emulation::meet(current->block->cluster->barrier); }
+
+/// The barrier at this one's offset in another block.
+inline uint64_t& barrier_of(emulation::Block& block, uint64_t& barrier) {
+  return *reinterpret_cast<uint64_t*>(block.shared.data() + (shared_address(&barrier) - shared_start));
+}
+
+inline void must_run(const emulation::Block& block) {
+  if (block.running == 0) emulation::failure = "a block is reached after its end";
+}
+
+inline void arrive_at(uint64_t& barrier, int rank) {
+  const auto& blocks = current->block->cluster->blocks;
+  if (rank < 0 || rank >= static_cast<int>(blocks.size())) {
+    emulation::failure = "a rank that its cluster does not have";
+    return;
+  }
+  must_run(*blocks[rank]);
+  count_arrival(barrier_of(*blocks[rank], barrier));
+  if (emulation::random() % 4 == 0) yield([] { return true; });
+}
 
 // ---- Copies --------------------------------------------------------------------------------------------------
 
@@ -124,9 +155,11 @@ inline uint16_t element(const Boxes& from, int64_t matrix, int64_t row, int64_t 
   return there && inside ? from.data[matrix * from.apart + row * from.stride + column] : 0;
 }
 
-inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
-  if (boxes.count == 0) emulation::failure = "a third coordinate of one matrix";
-  const auto copy = [block = current->block, to, boxes, column, row, matrix, &barrier] {
+/// Now or later: a box lands in a block, and its bytes count for a barrier of it.
+inline void land_box(
+    emulation::Block* block, uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  const auto copy = [block, to, boxes, column, row, matrix, &barrier] {
+    must_run(*block);
     if (to % 128 != 0) emulation::failure = "a box that is not aligned";
     for (int i = 0; i < boxes.rows_of_a_box; ++i)
       for (int j = 0; j < 64; ++j) {
@@ -141,10 +174,37 @@ inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, int m
     emulation::in_flight.emplace_back(copy);
 }
 
+inline void need_third_coordinate(const Boxes& boxes, bool there) {
+  if ((boxes.count > 0) != there) emulation::failure = "a third coordinate exactly where there are several matrices";
+}
+
+inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  need_third_coordinate(boxes, true);
+  land_box(current->block, to, boxes, column, row, matrix, barrier);
+}
+
 inline void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
-  Boxes one = boxes;
-  if (std::exchange(one.count, 1) != 0) emulation::failure = "boxes of several matrices without a third coordinate";
-  load_box(to, one, column, row, 0, barrier);
+  need_third_coordinate(boxes, false);
+  land_box(current->block, to, boxes, column, row, 0, barrier);
+}
+
+inline void land_box_in_both(
+    uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  const auto& blocks = current->block->cluster->blocks;
+  if (blocks.size() != 2) emulation::failure = "a copy for both blocks of a cluster that has not two";
+  for (emulation::Block* const block : blocks)
+    land_box(block, to, boxes, column, row, matrix, barrier_of(*block, barrier));
+}
+
+inline void load_box_for_both(
+    uint32_t to, const Boxes& boxes, int column, int row, int matrix, uint64_t& barrier) {
+  need_third_coordinate(boxes, true);
+  land_box_in_both(to, boxes, column, row, matrix, barrier);
+}
+
+inline void load_box_for_both(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
+  need_third_coordinate(boxes, false);
+  land_box_in_both(to, boxes, column, row, 0, barrier);
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// A launch on the CPU: every thread of a block (of the grid, if it is cooperative) is a fiber that runs until its next
-// barrier. The order of threads is shuffled and warps drift apart, so that a missing barrier shows. Included by
+// A launch on the CPU: every thread of a cluster (of the grid, if it is cooperative) is a fiber that runs until its
+// next barrier. The order of threads is shuffled and warps drift apart, so that a missing barrier shows. Included by
 // csrc/cuda/group.cuh in place of the real thing, inside the namespace moe_unlearn.
 //
 // A barrier that not all of its threads reach is an error: kernels are held to converged barriers. Shared memory
@@ -60,8 +60,16 @@ struct Warp {
   uint64_t value[32];
 };
 
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block*> blocks;
+};
+
 struct Block {
   Barrier barrier;
+  Cluster* cluster = nullptr;
+  int rank = 0;     // in its cluster
+  int running = 0;  // threads that have not ended
   std::vector<Warp> warps;
   std::vector<unsigned char> shared, asynchronous;  // the latter as Hopper's asynchronous units see it
 };
@@ -166,6 +174,7 @@ struct Launch {
     auto* self = std::bit_cast<Launch*>(uint64_t{high} << 32 | low);
     Kernel::run(self->group, *self->arguments, self->group.own->shared.data());
     self->fiber->done = true;
+    --self->group.own->running;
     swapcontext(&self->fiber->context, &scheduler);
   }
 };
@@ -177,13 +186,18 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
   static std::vector<Fiber> fibers;  // stacks are used again
   const size_t count = static_cast<size_t>(last - first) * threads;
   if (fibers.size() < count) fibers.resize(count);
+  constexpr size_t cluster = cluster_of<Kernel>();
   std::vector<Block> blocks(static_cast<size_t>(last - first));
+  std::vector<Cluster> clusters(blocks.size() / cluster);
   std::vector<Launch<Kernel>> launches(count);
   for (size_t i = 0; i < count; ++i) {
     const size_t b = i / threads;
     Block& block = blocks[b];
     if (i % threads == 0) {
-      block.barrier.members = threads;
+      block.barrier.members = block.running = threads;
+      block.cluster = &clusters[b / cluster], block.rank = static_cast<int>(b % cluster);
+      block.cluster->blocks.push_back(&block);
+      block.cluster->barrier.members += threads;
       block.warps.resize(threads / 32);
       for (Warp& warp : block.warps) warp.barrier.members = 32;
       block.shared.assign(shared_bytes, 0xA5);
@@ -245,12 +259,15 @@ template <class Kernel>
 cudaError_t launch(
     const typename Kernel::Arguments& arguments, int64_t blocks, size_t shared_bytes, cudaStream_t,
     bool cooperative = false) {
+  constexpr int cluster = cluster_of<Kernel>();
   if (shared_bytes > static_cast<size_t>(emulation::device.shared_limit)) return cudaErrorInvalidValue;
+  if (blocks % cluster != 0) return cudaErrorInvalidConfiguration;
   emulation::grid_size = blocks;
   if (cooperative && blocks > 0)
     emulation::run<Kernel>(arguments, 0, blocks, shared_bytes);
   else
-    for (int64_t block = 0; block < blocks; ++block) emulation::run<Kernel>(arguments, block, block + 1, shared_bytes);
+    for (int64_t block = 0; block < blocks; block += cluster)
+      emulation::run<Kernel>(arguments, block, block + cluster, shared_bytes);
   return cudaSuccess;
 }
 

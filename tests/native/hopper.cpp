@@ -182,6 +182,114 @@ std::string run_wide() {
   return "";
 }
 
+enum class PairFlaw {
+  none, bytes_before_expect, own_box_only, same_half, own_release_only, release_twice, no_first_sync, no_last_sync,
+  no_last_wait, rank, odd_grid
+};
+
+/// product[block] = the sum over steps of a[block][step]^T b[step] by two blocks that share b: each loads half of its
+/// columns for both, in a ring of two stages that both release.
+template <PairFlaw flaw>
+struct PairProduct {
+  static constexpr int consumers = 128, threads = consumers + 32, resident = 1, cluster = 2, stages = 2, steps = 5;
+  static constexpr int left_bytes = depth * rows * 2, right_bytes = depth * columns * 2;
+  static constexpr int stage_bytes = left_bytes + right_bytes;
+  static constexpr size_t shared_bytes = 1024 + stages * stage_bytes + sizeof(hopper::Ring<stages>);
+
+  struct Arguments {
+    hopper::Boxes a, b;  // [2, steps * depth, rows], [steps * depth, columns]
+    float* product;
+  };
+
+  static void produce(const Arguments& arguments, uint32_t memory, hopper::Ring<stages>& ring) {
+    const int rank = hopper::cluster_rank(), half = flaw == PairFlaw::same_half ? 0 : rank;
+    for (int step = 0; step < steps + (flaw == PairFlaw::no_last_wait); ++step) {
+      uint64_t& full = ring.full[ring.stage(step)];
+      const uint32_t to = memory + ring.stage(step) * stage_bytes, right = to + left_bytes + half * right_bytes / 2;
+      ring.wait_until_empty(step);
+      if (flaw != PairFlaw::bytes_before_expect) hopper::expect_bytes(full, stage_bytes);
+      hopper::load_box(to, arguments.a, 0, step * depth, rank, full);
+      if (flaw == PairFlaw::own_box_only)
+        hopper::load_box(right, arguments.b, half * 64, step * depth, full);
+      else
+        hopper::load_box_for_both(right, arguments.b, half * 64, step * depth, full);
+      if (flaw == PairFlaw::bytes_before_expect) hopper::expect_bytes(full, stage_bytes);
+      ring.publish(step);
+    }
+  }
+
+  static void consume(const Group& group, const Arguments& arguments, uint32_t memory, hopper::Ring<stages>& ring) {
+    const int warp = group.thread() / 32, lane = group.thread() % 32, rank = hopper::cluster_rank();
+    float sum[64] = {};
+    for (int step = 0; step < steps; ++step) {
+      ring.wait_until_full(step);
+      const uint32_t a = memory + ring.stage(step) * stage_bytes;
+      hopper::begin_products();
+      hopper::multiply(sum, SwappedTile::operand(a, depth), SwappedTile::operand(a + left_bytes, depth));
+      hopper::commit_products();
+      hopper::wait_for_products<0>();
+      if (lane != 0) continue;
+      for (int block = 0; block < 2; ++block)
+        if (flaw != PairFlaw::own_release_only || block == rank)
+          ring.release_at(step, flaw == PairFlaw::rank ? 2 * block : block);
+      if (flaw == PairFlaw::release_twice && warp == 0) ring.release(step);
+    }
+    for (int i = 0; i < 64; ++i) {
+      const int m = warp * 16 + lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      arguments.product[(group.block() * rows + m) * columns + n] = sum[i];
+    }
+  }
+
+  static void run(const Group& group, const Arguments& arguments, unsigned char* shared) {
+    const uint32_t start = hopper::shared_address(shared), memory = (start + 1023) / 1024 * 1024;
+    auto& ring = *reinterpret_cast<hopper::Ring<stages>*>(shared + (memory - start) + stages * stage_bytes);
+    if (group.thread() == 0) {
+      ring.init(1, (flaw == PairFlaw::own_release_only ? 1 : 2) * consumers / 32);
+      hopper::fence_barriers();
+    }
+    if (flaw == PairFlaw::no_first_sync)
+      group.sync();
+    else
+      hopper::sync_cluster();
+    if (group.thread() == consumers) produce(arguments, memory, ring);
+    if (group.thread() < consumers) consume(group, arguments, memory, ring);
+    if (flaw != PairFlaw::no_last_sync) hopper::sync_cluster();
+  }
+};
+
+template <PairFlaw flaw>
+std::string run_pair() {
+  using Pair = PairProduct<flaw>;
+  constexpr int all = Pair::steps * depth;
+  alignas(16) static uint16_t a[2][all * rows], b[all * columns];
+  static float product[2][rows * columns];
+  for (int i = 0; i < 2 * all * rows; ++i)
+    a[i / (all * rows)][i % (all * rows)] = narrow<Dtype::bfloat16>(static_cast<float>(i * 7 % 13 - 6));
+  for (int i = 0; i < all * columns; ++i) b[i] = narrow<Dtype::bfloat16>(static_cast<float>(i * 5 % 11 - 5));
+  typename Pair::Arguments arguments{{}, {}, product[0]};
+  hopper::make_boxes(arguments.a, Matrices{a[0], all, rows, rows, 2, all * rows}, depth);
+  hopper::make_boxes(arguments.b, Matrices{b, all, columns, columns}, depth);
+  for (uint32_t seed = 0; seed < 10; ++seed) {
+    emulation::seed = seed;
+    std::fill_n(product[0], 2 * rows * columns, -1.0f);
+    try {
+      const int blocks = flaw == PairFlaw::odd_grid ? 3 : 2;
+      if (launch<Pair>(arguments, blocks, Pair::shared_bytes, nullptr) != cudaSuccess) return "refused";
+    } catch (const std::runtime_error& error) {
+      emulation::failure = nullptr;
+      return error.what();
+    }
+    for (int i = 0; i < 2 * rows * columns; ++i) {
+      const int block = i / (rows * columns), row = i / columns % rows, column = i % columns;
+      float expected = 0;
+      for (int k = 0; k < all; ++k)
+        expected += widen<Dtype::bfloat16>(a[block][k * rows + row]) * widen<Dtype::bfloat16>(b[k * columns + column]);
+      if (!(product[block][row * columns + column] == expected)) return "wrong";
+    }
+  }
+  return "";
+}
+
 int failures = 0;
 
 /// How a flaw shows depends on the order of threads.
@@ -209,5 +317,16 @@ int main() {
   check("wide: row_for_column", run_wide<false, WideFlaw::row_for_column>());
   check("wide, by row: third_coordinate", run_wide<true, WideFlaw::third_coordinate>());
   check("wide: stage_of_depth", run_wide<false, WideFlaw::stage_of_depth>());
+  check("pair", run_pair<PairFlaw::none>(), false);
+  check("pair: bytes_before_expect", run_pair<PairFlaw::bytes_before_expect>(), false);
+  check("pair: own_box_only", run_pair<PairFlaw::own_box_only>());
+  check("pair: same_half", run_pair<PairFlaw::same_half>());
+  check("pair: own_release_only", run_pair<PairFlaw::own_release_only>());
+  check("pair: release_twice", run_pair<PairFlaw::release_twice>());
+  check("pair: no_first_sync", run_pair<PairFlaw::no_first_sync>());
+  check("pair: no_last_sync", run_pair<PairFlaw::no_last_sync>());
+  check("pair: no_last_wait", run_pair<PairFlaw::no_last_wait>());
+  check("pair: rank", run_pair<PairFlaw::rank>());
+  check("pair: odd_grid", run_pair<PairFlaw::odd_grid>());
   return failures != 0;
 }
