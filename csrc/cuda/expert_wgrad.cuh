@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "cuda/exchange.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/wgrad_epilogue.cuh"
 
@@ -52,16 +53,15 @@ enum class Shared : int { none, grad, input };
 /// expert has a partner outside of dW, all of whose input is zero.
 struct WgradPlan {
   static constexpr int length = 128;  // of a tile's sides
-  static constexpr int depth = 32;    // rows of the factors in a stage
-  static constexpr int stages = 5;
+  static constexpr int depth = 64;    // rows of the factors in a stage
+  static constexpr int stages = 4;
   static constexpr int warpgroup = 128, threads = 3 * warpgroup;
   static constexpr int producer_registers = 88, consumer_registers = 208;
   static constexpr int factor_bytes = depth * length * 2, stage_bytes = 2 * factor_bytes;
   static constexpr int alignment = 1024;  // of what swapped rows are counted from
-  static constexpr int exchange_rows = 32, exchange_width = length + 4;  // a warp's part of a tile, float32
-  static constexpr int exchange_bytes = exchange_rows * exchange_width * 4;
+  static constexpr int exchange_bytes = 2 * warpgroup / warp_size * Exchange::bytes;
   static constexpr size_t shared_bytes =
-      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
+      alignment + stages * stage_bytes + exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
 
   bool along_columns;
   Shared along, across;  // what neighbours in a line share, and neighbours across
@@ -105,7 +105,6 @@ template <class Epilogue>
 struct Wgrad {
   static constexpr int threads = WgradPlan::threads, resident = 1, cluster = 2;
   static constexpr int stages = WgradPlan::stages, depth = WgradPlan::depth, length = WgradPlan::length;
-  static constexpr int width = WgradPlan::exchange_width;
 
   struct Arguments {
     Factors f;
@@ -192,7 +191,7 @@ struct Wgrad {
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
-    constexpr int lag = 2;  // stages between a copy and the word that it is there
+    constexpr int lag = 1;  // stages between a copy and the word that it is there
     const int rank = hopper::cluster_rank();
     int64_t step = 0;
     for (int64_t pair = group.block() / cluster; pair < a.plan.pairs; pair += group.blocks() / cluster) {
@@ -247,17 +246,37 @@ struct Wgrad {
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 
+  /// The epilogue of `count` of a warp's rows of a tile from `first` on, which lie in its exchange.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void finish_rows(
+      const Group& group, const Arguments& a, const WgradPlan::Tile& tile, const Exchange& exchange, int first,
+      int count) {
+    const int warp = group.thread() % WgradPlan::warpgroup / warp_size, chunks = length / chunk_size;
+    const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+    for (int i = group.thread() % warp_size; i < count * chunks; i += warp_size) {
+      const int there = i / chunks, local = first + there, local_column = i % chunks * chunk_size;
+      const int64_t row = tile.row + local / 16 * 64 + warp * 16 + local % 16, column = tile.column + local_column;
+      const bool inside = row < rows && column < columns;
+      Chunk gradient;
+      exchange.read(gradient, there, local_column);
+      const Place place{tile.expert * rows + row, column, inside ? chunk_size : 0};
+      if (!a.epilogue(group, place, columns, gradient)) group.fail();
+    }
+  }
+
   template <class Group>
   static MOE_UNLEARN_DEVICE void consume(
-      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, float* exchange) {
+      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, float* exchanges) {
     const int thread = group.thread() % WgradPlan::warpgroup, lane = thread % warp_size;
     const int self = group.thread() / WgradPlan::warpgroup - 1;
-    const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
+    const Exchange exchange{exchanges + (group.thread() / warp_size - 4) * (Exchange::bytes / 4)};
+    const int64_t clusters = group.blocks() / cluster;
     float sum[2][64];
     uint32_t turn = 0;
-    exchange += group.thread() / warp_size % 8 * (WgradPlan::exchange_rows * width);
     if (self == 1) hopper::arrive(barriers.turn[0]);
-    const int64_t clusters = group.blocks() / cluster;
     for (int64_t pair = group.block() / cluster + self * clusters; pair < a.plan.pairs; pair += 2 * clusters) {
       const auto tile = a.plan.tile(pair, hopper::cluster_rank());
       const int64_t steps = count_steps(group, a, pair);
@@ -267,25 +286,22 @@ struct Wgrad {
       if (thread == 0) barriers.step[self ^ 1] = step + steps;
       hopper::arrive(barriers.turn[self ^ 1]);
 
-      // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16 in each half
+      constexpr int held = Exchange::rows;  // at once; the others wait in registers
+      static_assert(Exchange::columns == length && held < Exchange::warp_rows && 2 * held >= Exchange::warp_rows);
       MOE_UNLEARN_UNROLL
-      for (int i = 0; i < 128; ++i) {
-        const int row = lane / 4 + i % 4 / 2 * 8 + i / 64 * 16, column = i % 64 / 4 * 8 + lane % 4 * 2 + i % 2;
-        exchange[row * width + column] = sum[i / 64][i % 64];
-      }
-      group.sync_warp();
+      for (int row = 0; row < held; row += Exchange::group) exchange.write(sum, row, row, lane);
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
-      for (int i = lane; i < WgradPlan::exchange_rows * length / chunk_size; i += warp_size) {
-        const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
-        const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
-        const int64_t column = tile.column + local_column;
-        const bool inside = row < rows && column < columns;
-        const Place place{tile.expert * rows + row, column, inside ? chunk_size : 0};
-        if (!a.epilogue(group, place, columns, exchange + local_row * width + local_column)) group.fail();
+      for (int first = 0; first < Exchange::warp_rows; first += held) {
+        group.sync_warp();
+        finish_rows(group, a, tile, exchange, first, first == 0 ? held : Exchange::warp_rows - held);
+        group.sync_warp();
+        if (first > 0) break;
+        MOE_UNLEARN_UNROLL
+        for (int row = held; row < Exchange::warp_rows; row += Exchange::group)
+          exchange.write(sum, row, row - held, lane);
       }
-      group.sync_warp();
     }
   }
 
@@ -297,7 +313,7 @@ struct Wgrad {
     const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
     const uint32_t memory = (start + alignment - 1) / alignment * alignment;
     unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
-    auto& barriers = *reinterpret_cast<Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
+    auto& barriers = *reinterpret_cast<Barriers*>(behind + WgradPlan::exchange_bytes);
     if (group.thread() == 0) {
       barriers.ring.init(WgradPlan::warpgroup, cluster * WgradPlan::warpgroup / warp_size);
       for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, WgradPlan::warpgroup);

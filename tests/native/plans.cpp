@@ -117,6 +117,28 @@ void check_pairs(int64_t experts, int64_t rows, int64_t columns, bool grad_boxed
   if (!grad_boxed && !input_boxed) CHECK(sharing == 0);
 }
 
+/// An exchange holds its rows, and lanes meet in no bank: 16 that write pairs, 8 that read pieces of 4 columns.
+void check_exchange() {
+  std::vector<int> seen(Exchange::rows * Exchange::columns);
+  for (int row = 0; row < Exchange::rows; ++row)
+    for (int column = 0; column < Exchange::columns; ++column) ++seen[Exchange::offset(row, column)];
+  for (const int times : seen) CHECK(times == 1);
+  for (int row = 0; row < Exchange::rows; row += 4)
+    for (int column = 0; column < Exchange::columns; column += 8) {
+      uint32_t banks = 0;
+      for (int lane = 0; lane < 16; ++lane)
+        banks |= 3u << Exchange::offset(row + lane / 4, column + lane % 4 * 2) % 32;
+      CHECK(banks == 0xFFFFFFFF);
+    }
+  for (int row = 0; row < Exchange::rows; ++row)
+    for (int column = 0; column < Exchange::columns; column += 64)
+      for (const int second : {0, 4}) {
+        uint32_t banks = 0;
+        for (int lane = 0; lane < 8; ++lane) banks |= 15u << Exchange::offset(row, column + lane * 8 + second) % 32;
+        CHECK(banks == 0xFFFFFFFF);
+      }
+}
+
 void check_wgrad() {
   for (const int64_t experts : {0, 1, 5})
     for (const int64_t rows : {8, 128, 136, 776, 1024})
@@ -130,7 +152,7 @@ void check_wgrad() {
   CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(-100) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
   // a box of the producer's is one block of a stage's tile, and 16 rows of it begin where swapping does
   CHECK(SwappedTile::row_bytes * 8 == WgradPlan::alignment && WgradPlan::depth % 16 == 0);
-  CHECK(WgradPlan::stage_bytes % WgradPlan::alignment == 0 && WgradPlan::exchange_bytes % sizeof(uint64_t) == 0);
+  CHECK(WgradPlan::stage_bytes % WgradPlan::alignment == 0 && Exchange::bytes % 16 == 0);
   CHECK(WgradPlan::producer_registers + 2 * WgradPlan::consumer_registers == 3 * 168);  // what a launch gives out
   alignas(16) static uint16_t memory[16];
   const int64_t row = 0;
@@ -139,6 +161,7 @@ void check_wgrad() {
   CHECK(!Factor(memory, 0, 40, 48, nullptr).can_be_boxed() && !Factor(memory, 100, 40, 0, nullptr).can_be_boxed());
   CHECK(!Factor(memory + 1, 100, 40, 48, nullptr).fits() && !Factor(memory, 100, 40, 44, nullptr).fits());
   CHECK(!Factor(memory, 100, 36, 48, nullptr).fits() && !Factor(memory, int64_t{1} << 31, 40, 48, nullptr).fits());
+  check_exchange();
   // a stage's pieces fill it, and the 8 rows of a group use different banks
   bool used[WgradPlan::factor_bytes / 16] = {};
   for (int row = 0; row < WgradPlan::depth; ++row)

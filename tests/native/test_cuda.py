@@ -198,9 +198,9 @@ def test_wgrad_of_parts_of_tiles_several_and_exactly_one(gpu, shape, pattern, in
 
 @pytest.mark.parametrize("indexed", wgrad.INDEXED)
 def test_wgrad_in_many_orders_of_threads(gpu, indexed):
-    """Experts of up to 13 stages, twice around the ring, and tiles that two consumers have in turn."""
+    """Experts of more stages than the ring has, and tiles that two consumers have in turn."""
     made = wgrad.scattered(wgrad.factors((40, 264), tokens=400, exact=True), indexed)
-    assert max(made.expert_offsets.diff()) > 2 * 5 * 32 and min(made.expert_offsets.diff()) > 0
+    assert max(made.expert_offsets.diff()) > 5 * 64 and min(made.expert_offsets.diff()) > 0
     for seed in range(5):
         gpu.emulate(2 + seed, seed=seed)
         assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
@@ -244,7 +244,7 @@ def test_wgrad_of_pairs_without_a_mask_bit_is_not_computed(gpu, indexed, monkeyp
         assert torch.equal(wgrad.store(CUDA, made, mask=pack_bits(kept), out_dtype=F32).double(), expected)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 128, 256, 257])
 def test_wgrad_of_one_expert_with_rows_around_a_stage(gpu, tokens):
     for indexed in wgrad.INDEXED:
         made = wgrad.scattered(wgrad.factors((136, 16), pattern="one_expert", tokens=tokens, exact=True), indexed)
