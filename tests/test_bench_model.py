@@ -131,7 +131,7 @@ def test_tiles_are_those_that_were_compiled():
     assert (tile.rows, tile.columns, tile.depth, tile.in_flight) == (128, 256, 64, 1)  # 2 x 128 columns: gate and up
     update = kernels.compiled(gpus.H200, "expert_wgrad_update/_update_kernel/adamw bf16", persistent=False)
     assert (update.rows, update.columns, update.depth, update.in_flight) == (64, 128, 64, 2)
-    assert kernels.cuda_wgrad() == Tile(128, 128, 32, in_flight=2)
+    assert kernels.cuda_wgrad() == Tile(128, 128, 64, in_flight=2)
 
 
 def test_a_skewed_routing_costs_a_layer_padding_and_idle_multiprocessors():

@@ -2,16 +2,19 @@
 // becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it. Inner products of
 // several gradients are not here: they need as many tiles at once.
 //
-// One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup fills a ring of
-// stages with rows of grad and input; two consumer warpgroups take turns at the tiles: while one has its epilogue, the
-// other multiplies. A factor whose rows stand in order is copied in boxes (TMA); a gathered one, and the last rows of
-// an expert, row by row, with zeros behind them: no row of another expert is ever read. A tile whose mask is zero is
-// not computed. Sums run in the order of rows, tiles are disjoint, no atomics: the same bits for any grid.
+// Pairs of persistent blocks, one on each multiprocessor, go through a list of pairs of 128 x 128 tiles of one expert.
+// A producer warpgroup fills a ring of stages with rows of grad and input; two consumer warpgroups take turns at the
+// tiles: while one has its epilogue, the other multiplies. A factor whose rows stand in order is copied in boxes (TMA);
+// where both tiles of a pair need it, each block copies half of it to both. A gathered factor, and the last rows of an
+// expert, are copied row by row, with zeros behind them: no row of another expert is ever read. Both blocks of a pair
+// go through the same stages. A pair whose masks are zero is not computed. Sums run in the order of rows, tiles are
+// disjoint, no atomics: the same bits for any grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
 #pragma once
 
+#include "cuda/exchange.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/wgrad_epilogue.cuh"
 
@@ -42,33 +45,55 @@ struct Factors {
   MOE_UNLEARN_DEVICE int64_t stop(int64_t expert) const { return bounds[2 * expert + 1]; }
 };
 
+/// The factor of which both tiles of a pair need the same columns, in boxes.
+enum class Shared : int { none, grad, input };
+
+/// Two tiles a pair: neighbours in a line, which is a row of tiles if `along_columns`, else a column of them. Of lines
+/// with an odd number of tiles, the last ones are neighbours across the lines; if those are odd too, one tile of an
+/// expert has a partner outside of dW, all of whose input is zero.
 struct WgradPlan {
   static constexpr int length = 128;  // of a tile's sides
-  static constexpr int depth = 32;    // rows of the factors in a stage
-  static constexpr int stages = 5;
+  static constexpr int depth = 64;    // rows of the factors in a stage
+  static constexpr int stages = 4;
   static constexpr int warpgroup = 128, threads = 3 * warpgroup;
   static constexpr int producer_registers = 88, consumer_registers = 208;
   static constexpr int factor_bytes = depth * length * 2, stage_bytes = 2 * factor_bytes;
   static constexpr int alignment = 1024;  // of what swapped rows are counted from
-  static constexpr int exchange_rows = 32, exchange_width = length + 4;  // a warp's part of a tile, float32
-  static constexpr int exchange_bytes = exchange_rows * exchange_width * 4;
+  static constexpr int exchange_bytes = 2 * warpgroup / warp_size * Exchange::bytes;
   static constexpr size_t shared_bytes =
-      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
+      alignment + stages * stage_bytes + exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
 
-  int64_t row_tiles, column_tiles, tiles, blocks;
+  bool along_columns;
+  Shared along, across;  // what neighbours in a line share, and neighbours across
+  int64_t lines, line_tiles, pairs_of_expert, pairs, blocks;
 
-  WgradPlan(int64_t experts, int64_t rows, int64_t columns, int64_t multiprocessors)
-      : row_tiles(ceil_div<int64_t>(rows, length)), column_tiles(ceil_div<int64_t>(columns, length)),
-        tiles(experts * row_tiles * column_tiles), blocks(std::min(tiles, multiprocessors)) {}
+  /// grad_boxed, input_boxed: which factors a pair can share. Of two, that of which all tiles of a line are in pairs:
+  /// they save the same, half of one factor.
+  WgradPlan(
+      int64_t experts, int64_t rows, int64_t columns, bool grad_boxed, bool input_boxed, int64_t multiprocessors) {
+    const int64_t row_tiles = ceil_div<int64_t>(rows, length), column_tiles = ceil_div<int64_t>(columns, length);
+    along_columns = grad_boxed == input_boxed ? column_tiles % 2 == 0 || row_tiles % 2 != 0 : grad_boxed;
+    const Shared grad = grad_boxed ? Shared::grad : Shared::none, input = input_boxed ? Shared::input : Shared::none;
+    along = along_columns ? grad : input, across = along_columns ? input : grad;
+    lines = along_columns ? row_tiles : column_tiles, line_tiles = along_columns ? column_tiles : row_tiles;
+    pairs_of_expert = lines * (line_tiles / 2) + line_tiles % 2 * ceil_div<int64_t>(lines, 2);
+    pairs = experts * pairs_of_expert;
+    blocks = 2 * std::min(pairs, std::max<int64_t>(multiprocessors / 2, 1));
+  }
 
   struct Tile {
     int64_t expert, row, column;
+    Shared shared;  // with the other one of its pair
   };
 
-  /// Tiles of an expert stand together, so that its factors stay in L2.
-  MOE_UNLEARN_HOST_DEVICE Tile tile(int64_t index) const {
-    const int64_t line = divide(index, column_tiles), expert = divide(line, row_tiles);
-    return {expert, (line - expert * row_tiles) * length, (index - line * column_tiles) * length};
+  /// The tile of a pair for the block of this rank. Those of an expert stand together, so that its factors stay in L2.
+  MOE_UNLEARN_HOST_DEVICE Tile tile(int64_t pair, int rank) const {
+    const int64_t expert = divide(pair, pairs_of_expert), local = pair - expert * pairs_of_expert;
+    const int64_t half = line_tiles / 2, beyond = local - lines * half;
+    int64_t line = 2 * beyond + rank, place = line_tiles - 1;
+    if (beyond < 0) line = divide(local, half), place = 2 * (local - line * half) + rank;
+    const int64_t row = along_columns ? line : place, column = along_columns ? place : line;
+    return {expert, row * length, column * length, beyond < 0 ? along : across};
   }
 
   static MOE_UNLEARN_HOST_DEVICE int64_t steps(int64_t positions) {
@@ -78,9 +103,8 @@ struct WgradPlan {
 
 template <class Epilogue>
 struct Wgrad {
-  static constexpr int threads = WgradPlan::threads, resident = 1;
+  static constexpr int threads = WgradPlan::threads, resident = 1, cluster = 2;
   static constexpr int stages = WgradPlan::stages, depth = WgradPlan::depth, length = WgradPlan::length;
-  static constexpr int width = WgradPlan::exchange_width;
 
   struct Arguments {
     Factors f;
@@ -94,20 +118,27 @@ struct Wgrad {
     int64_t step[2];   // where a consumer's turn begins in the ring
   };
 
-  /// How many stages a tile takes; the same in every warp.
+  /// How many stages a pair takes; the same in every warp of both blocks.
   template <class Group>
-  static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, const WgradPlan::Tile& tile) {
-    const int64_t steps = WgradPlan::steps(a.f.stop(tile.expert) - a.f.start(tile.expert));
+  static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, int64_t pair) {
+    const int64_t expert = a.plan.tile(pair, 0).expert;
+    const int64_t steps = WgradPlan::steps(a.f.stop(expert) - a.f.start(expert));
     const Rows& mask = a.epilogue.kept();
     if (!mask) return steps;
     constexpr int words = length / word_bits;
-    for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
-      const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
-      uint32_t bits = 0;
-      if (row < a.f.grad.columns && column < mask.width)
-        bits = *reinterpret_cast<const uint32_t*>(
-            mask.row(tile.expert * a.f.grad.columns + row) + column * mask.stride);
-      if (group.any(bits != 0)) return steps;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+    for (int rank = 0; rank < cluster; ++rank) {
+      const auto tile = a.plan.tile(pair, rank);
+      for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
+        const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
+        uint32_t bits = 0;
+        if (row < a.f.grad.columns && column < mask.width)
+          bits = *reinterpret_cast<const uint32_t*>(
+              mask.row(expert * a.f.grad.columns + row) + column * mask.stride);
+        if (group.any(bits != 0)) return steps;
+      }
     }
     return 0;
   }
@@ -118,9 +149,11 @@ struct Wgrad {
     const Factor& f;
     int thread;
     int64_t column;      // of the factor, where the tile begins
+    bool shared;         // with the other block of the pair
     int position[rows];  // row of the factor, -1 for zeros
 
-    MOE_UNLEARN_DEVICE Source(const Factor& f, int thread, int64_t column) : f(f), thread(thread), column(column) {}
+    MOE_UNLEARN_DEVICE Source(const Factor& f, int thread, int64_t column, bool shared)
+        : f(f), thread(thread), column(column), shared(shared) {}
 
     MOE_UNLEARN_DEVICE void find_rows(int64_t first, int64_t stop) {
       MOE_UNLEARN_UNROLL
@@ -130,15 +163,19 @@ struct Wgrad {
       }
     }
 
-    /// Rows [first, first + depth) of a boxed factor, or those looked up.
-    MOE_UNLEARN_DEVICE void copy(uint32_t to, bool whole, int64_t first, uint64_t& full) const {
+    /// Rows [first, first + depth) of a boxed factor, or those looked up. The block of this rank copies its half of
+    /// what is shared, and gets the other half.
+    MOE_UNLEARN_DEVICE void copy(uint32_t to, bool whole, int64_t first, uint64_t& full, int rank) const {
       constexpr int block = SwappedTile::block_columns, block_bytes = depth * SwappedTile::row_bytes;
       if (f.boxed && whole) {
         if (thread != 0) return;
         hopper::expect_bytes(full, WgradPlan::factor_bytes);
-        for (int i = 0; i < length / block; ++i)
-          hopper::load_box(
-              to + i * block_bytes, f.boxes, static_cast<int>(column) + i * block, static_cast<int>(first), full);
+        for (int i = 0; i < length / block; ++i) {
+          const uint32_t there = to + i * block_bytes;
+          const int from = static_cast<int>(column) + i * block, row = static_cast<int>(first);
+          if (!shared) hopper::load_box(there, f.boxes, from, row, full);
+          if (shared && i == rank) hopper::load_box_for_both(there, f.boxes, from, row, full);
+        }
         return;
       }
       const int piece = thread % pieces;
@@ -154,21 +191,23 @@ struct Wgrad {
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
-    constexpr int lag = 2;  // stages between a copy and the word that it is there
+    constexpr int lag = 1;  // stages between a copy and the word that it is there
+    const int rank = hopper::cluster_rank();
     int64_t step = 0;
-    for (int64_t index = group.block(); index < a.plan.tiles; index += group.blocks()) {
-      const auto tile = a.plan.tile(index);
-      if (count_steps(group, a, tile) == 0) continue;
+    for (int64_t pair = group.block() / cluster; pair < a.plan.pairs; pair += group.blocks() / cluster) {
+      if (count_steps(group, a, pair) == 0) continue;
+      const auto tile = a.plan.tile(pair, rank);
       const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
-      Source grad(a.f.grad, group.thread(), tile.row), input(a.f.input, group.thread(), tile.column);
+      Source grad(a.f.grad, group.thread(), tile.row, tile.shared == Shared::grad);
+      Source input(a.f.input, group.thread(), tile.column, tile.shared == Shared::input);
       grad.find_rows(start, stop), input.find_rows(start, stop);
       for (int64_t first = start; first < stop; first += depth, ++step) {
         const int stage = barriers.ring.stage(step);
         barriers.ring.wait_until_empty(step);
         const uint32_t to = memory + stage * WgradPlan::stage_bytes;
         const bool whole = stop - first >= depth;
-        grad.copy(to, whole, first, barriers.ring.full[stage]);
-        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.ring.full[stage]);
+        grad.copy(to, whole, first, barriers.ring.full[stage], rank);
+        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.ring.full[stage], rank);
         hopper::commit_copies();
         // the next stage's rows are looked up while this one's copies are on their way
         grad.find_rows(first + depth, stop), input.find_rows(first + depth, stop);
@@ -180,9 +219,9 @@ struct Wgrad {
     for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) barriers.ring.publish(done);
   }
 
-  /// sum = the tile's dW, from the stages of step and the following.
+  /// sum = the tile's dW, from the stages of step and the following, which both blocks fill again.
   static MOE_UNLEARN_DEVICE void multiply(
-      float (&sum)[2][64], int64_t step, int64_t steps, uint32_t memory, Barriers& barriers, bool leader) {
+      float (&sum)[2][64], int64_t step, int64_t steps, uint32_t memory, Barriers& barriers, int lane) {
     MOE_UNLEARN_UNROLL
     for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
@@ -200,51 +239,69 @@ struct Wgrad {
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (leader && step > last - steps) barriers.ring.release(step - 1);
+      if (lane < cluster && step > last - steps) barriers.ring.release_at(step - 1, lane);
     }
     hopper::wait_for_products<0>();
-    if (leader && steps > 0) barriers.ring.release(step - 1);
+    if (lane < cluster && steps > 0) barriers.ring.release_at(step - 1, lane);
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
+  }
+
+  /// The epilogue of `count` of a warp's rows of a tile from `first` on, which lie in its exchange.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void finish_rows(
+      const Group& group, const Arguments& a, const WgradPlan::Tile& tile, const Exchange& exchange, int first,
+      int count) {
+    const int warp = group.thread() % WgradPlan::warpgroup / warp_size, chunks = length / chunk_size;
+    const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+    for (int i = group.thread() % warp_size; i < count * chunks; i += warp_size) {
+      const int there = i / chunks, local = first + there, local_column = i % chunks * chunk_size;
+      const int64_t row = tile.row + local / 16 * 64 + warp * 16 + local % 16, column = tile.column + local_column;
+      const bool inside = row < rows && column < columns;
+      Chunk gradient;
+      exchange.read(gradient, there, local_column);
+      const Place place{tile.expert * rows + row, column, inside ? chunk_size : 0};
+      if (!a.epilogue(group, place, columns, gradient)) group.fail();
+    }
   }
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void consume(
-      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, float* exchange) {
+      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, float* exchanges) {
     const int thread = group.thread() % WgradPlan::warpgroup, lane = thread % warp_size;
     const int self = group.thread() / WgradPlan::warpgroup - 1;
-    const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
+    const Exchange exchange{exchanges + (group.thread() / warp_size - 4) * (Exchange::bytes / 4)};
+    const int64_t clusters = group.blocks() / cluster;
     float sum[2][64];
     uint32_t turn = 0;
-    exchange += group.thread() / warp_size % 8 * (WgradPlan::exchange_rows * width);
     if (self == 1) hopper::arrive(barriers.turn[0]);
-    for (int64_t index = group.block() + self * group.blocks(); index < a.plan.tiles; index += 2 * group.blocks()) {
-      const auto tile = a.plan.tile(index);
-      const int64_t steps = count_steps(group, a, tile);
+    for (int64_t pair = group.block() / cluster + self * clusters; pair < a.plan.pairs; pair += 2 * clusters) {
+      const auto tile = a.plan.tile(pair, hopper::cluster_rank());
+      const int64_t steps = count_steps(group, a, pair);
       hopper::wait(barriers.turn[self], turn++ & 1);
       const int64_t step = barriers.step[self];
-      multiply(sum, step, steps, memory, barriers, lane == 0);
+      multiply(sum, step, steps, memory, barriers, lane);
       if (thread == 0) barriers.step[self ^ 1] = step + steps;
       hopper::arrive(barriers.turn[self ^ 1]);
 
-      // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16 in each half
+      constexpr int held = Exchange::rows;  // at once; the others wait in registers
+      static_assert(Exchange::columns == length && held < Exchange::warp_rows && 2 * held >= Exchange::warp_rows);
       MOE_UNLEARN_UNROLL
-      for (int i = 0; i < 128; ++i) {
-        const int row = lane / 4 + i % 4 / 2 * 8 + i / 64 * 16, column = i % 64 / 4 * 8 + lane % 4 * 2 + i % 2;
-        exchange[row * width + column] = sum[i / 64][i % 64];
-      }
-      group.sync_warp();
+      for (int row = 0; row < held; row += Exchange::group) exchange.write(sum, row, row, lane);
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
-      for (int i = lane; i < WgradPlan::exchange_rows * length / chunk_size; i += warp_size) {
-        const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
-        const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
-        const int64_t column = tile.column + local_column;
-        const bool inside = row < rows && column < columns;
-        const Place place{tile.expert * rows + row, column, inside ? chunk_size : 0};
-        if (!a.epilogue(group, place, columns, exchange + local_row * width + local_column)) group.fail();
+      for (int first = 0; first < Exchange::warp_rows; first += held) {
+        group.sync_warp();
+        finish_rows(group, a, tile, exchange, first, first == 0 ? held : Exchange::warp_rows - held);
+        group.sync_warp();
+        if (first > 0) break;
+        MOE_UNLEARN_UNROLL
+        for (int row = held; row < Exchange::warp_rows; row += Exchange::group)
+          exchange.write(sum, row, row - held, lane);
       }
-      group.sync_warp();
     }
   }
 
@@ -256,14 +313,14 @@ struct Wgrad {
     const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
     const uint32_t memory = (start + alignment - 1) / alignment * alignment;
     unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
-    auto& barriers = *reinterpret_cast<Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
+    auto& barriers = *reinterpret_cast<Barriers*>(behind + WgradPlan::exchange_bytes);
     if (group.thread() == 0) {
-      barriers.ring.init(WgradPlan::warpgroup, WgradPlan::warpgroup / warp_size);
+      barriers.ring.init(WgradPlan::warpgroup, cluster * WgradPlan::warpgroup / warp_size);
       for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, WgradPlan::warpgroup);
       barriers.step[0] = 0;
       hopper::fence_barriers();
     }
-    group.sync();
+    hopper::sync_cluster();
     if (group.thread() < WgradPlan::warpgroup) {
       hopper::decrease_registers<WgradPlan::producer_registers>();
       produce(group, a, memory, barriers);
@@ -271,6 +328,7 @@ struct Wgrad {
       hopper::increase_registers<WgradPlan::consumer_registers>();
       consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
     }
+    hopper::sync_cluster();  // nobody is reached after its end
 #endif
   }
 };
@@ -293,7 +351,8 @@ cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t strea
     if (error != cudaSuccess) return error;
     factor->boxed = true;
   }
-  const WgradPlan plan(f.experts, f.grad.columns, f.input.columns, device.multiprocessors);
+  const WgradPlan plan(
+      f.experts, f.grad.columns, f.input.columns, f.grad.boxed, f.input.boxed, device.multiprocessors);
   return launch<Kernel>({f, plan, epilogue}, plan.blocks, WgradPlan::shared_bytes, stream);
 }
 

@@ -16,7 +16,7 @@ struct WgradStore {
   MOE_UNLEARN_DEVICE const Rows& kept() const { return mask; }
 
   template <class Group>
-  MOE_UNLEARN_DEVICE bool operator()(const Group&, const Place& place, int64_t, const float* gradient) const {
+  MOE_UNLEARN_DEVICE bool operator()(const Group&, const Place& place, int64_t, const Chunk& gradient) const {
     const uint32_t chosen = chosen_elements(mask, place), written = add ? chosen : (1u << place.n) - 1;
     if (written == 0) return true;
     char* const to = out.row(place.row);
@@ -34,7 +34,7 @@ struct WgradStore {
   }
 };
 
-MOE_UNLEARN_DEVICE void copy_gradient(Chunk& g, const float* gradient) {
+MOE_UNLEARN_DEVICE void copy_gradient(Chunk& g, const Chunk& gradient) {
   MOE_UNLEARN_UNROLL
   for (int j = 0; j < chunk_size; ++j) g[j] = gradient[j];
 }
@@ -49,7 +49,7 @@ struct WgradUpdate {
 
   template <class Group>
   MOE_UNLEARN_DEVICE bool operator()(
-      const Group&, const Place& place, int64_t width, const float* gradient) const {
+      const Group&, const Place& place, int64_t width, const Chunk& gradient) const {
     const uint32_t chosen = chosen_elements(o.mask, place);
     if (chosen == 0) return true;
     return update_chunk<A>(o, rule, place, chosen, width, [&](Chunk& g) { copy_gradient(g, gradient); });
@@ -66,7 +66,7 @@ struct WgradPackedUpdate {
 
   template <class Group>
   MOE_UNLEARN_DEVICE bool operator()(
-      const Group& group, const Place& place, int64_t width, const float* gradient) const {
+      const Group& group, const Place& place, int64_t width, const Chunk& gradient) const {
     return update_coded_chunk(group, o, rule, place, width, [&](Chunk& g) { copy_gradient(g, gradient); });
   }
 };

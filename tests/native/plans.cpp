@@ -86,26 +86,73 @@ void check_end_of_weights() {
   CHECK(out[count - 1] == 1.0f && out[count] == -1.0f);
 }
 
+/// Every tile once, an expert's together; both of a pair are neighbours, share what they say, and stay where they do.
+void check_pairs(int64_t experts, int64_t rows, int64_t columns, bool grad_boxed, bool input_boxed) {
+  constexpr int64_t length = WgradPlan::length;
+  const int64_t row_tiles = (rows + length - 1) / length, column_tiles = (columns + length - 1) / length;
+  const WgradPlan plan(experts, rows, columns, grad_boxed, input_boxed, 133);
+  CHECK(plan.pairs == experts * ((row_tiles * column_tiles + 1) / 2));
+  CHECK(plan.blocks == 2 * std::min<int64_t>(plan.pairs, 66));
+  std::vector<int> seen(static_cast<size_t>(experts * row_tiles * column_tiles));
+  int64_t sharing = 0;
+  for (int64_t pair = 0, expert = 0; pair < plan.pairs; ++pair) {
+    const WgradPlan::Tile first = plan.tile(pair, 0), second = plan.tile(pair, 1);
+    for (const WgradPlan::Tile& tile : {first, second}) {
+      CHECK(tile.expert == expert && tile.row % length == 0 && tile.column % length == 0);
+      const int64_t row = tile.row / length, column = tile.column / length;
+      if (row < row_tiles && column < column_tiles) ++seen[(expert * row_tiles + row) * column_tiles + column];
+    }
+    CHECK(first.row < rows && first.column < columns && first.shared == second.shared);
+    const int64_t down = second.row - first.row, right = second.column - first.column;
+    CHECK(down + right == length && down * right == 0);
+    CHECK(first.shared == (down == 0 ? grad_boxed ? Shared::grad : Shared::none
+                                     : input_boxed ? Shared::input : Shared::none));
+    sharing += first.shared != Shared::none;
+    expert = (pair + 1) / plan.pairs_of_expert;
+  }
+  for (const int times : seen) CHECK(times == 1);
+  if (grad_boxed && input_boxed) CHECK(sharing == plan.pairs);
+  if (grad_boxed && !input_boxed) CHECK(sharing == experts * row_tiles * (column_tiles / 2));
+  if (!grad_boxed && input_boxed) CHECK(sharing == experts * column_tiles * (row_tiles / 2));
+  if (!grad_boxed && !input_boxed) CHECK(sharing == 0);
+}
+
+/// An exchange holds its rows, and lanes meet in no bank: 16 that write pairs, 8 that read pieces of 4 columns.
+void check_exchange() {
+  std::vector<int> seen(Exchange::rows * Exchange::columns);
+  for (int row = 0; row < Exchange::rows; ++row)
+    for (int column = 0; column < Exchange::columns; ++column) ++seen[Exchange::offset(row, column)];
+  for (const int times : seen) CHECK(times == 1);
+  for (int row = 0; row < Exchange::rows; row += 4)
+    for (int column = 0; column < Exchange::columns; column += 8) {
+      uint32_t banks = 0;
+      for (int lane = 0; lane < 16; ++lane)
+        banks |= 3u << Exchange::offset(row + lane / 4, column + lane % 4 * 2) % 32;
+      CHECK(banks == 0xFFFFFFFF);
+    }
+  for (int row = 0; row < Exchange::rows; ++row)
+    for (int column = 0; column < Exchange::columns; column += 64)
+      for (const int second : {0, 4}) {
+        uint32_t banks = 0;
+        for (int lane = 0; lane < 8; ++lane) banks |= 15u << Exchange::offset(row, column + lane * 8 + second) % 32;
+        CHECK(banks == 0xFFFFFFFF);
+      }
+}
+
 void check_wgrad() {
   for (const int64_t experts : {0, 1, 5})
-    for (const int64_t rows : {8, 128, 776})
-      for (const int64_t columns : {8, 256, 2048}) {
-        const WgradPlan plan(experts, rows, columns, 132);
-        CHECK(plan.blocks <= 132 && plan.blocks <= plan.tiles && (plan.tiles == 0) == (plan.blocks == 0));
-        int64_t index = 0;  // every tile once, an expert's together
-        for (int64_t e = 0; e < experts; ++e)
-          for (int64_t row = 0; row < rows; row += WgradPlan::length)
-            for (int64_t column = 0; column < columns; column += WgradPlan::length) {
-              const WgradPlan::Tile tile = plan.tile(index++);
-              CHECK(tile.expert == e && tile.row == row && tile.column == column);
-            }
-        CHECK(index == plan.tiles);
-      }
+    for (const int64_t rows : {8, 128, 136, 776, 1024})
+      for (const int64_t columns : {8, 256, 264, 640, 2048})
+        for (const int boxed : {0, 1, 2, 3}) check_pairs(experts, rows, columns, boxed & 1, boxed & 2);
+  // where both could be shared, the factor of which fewer tiles are left over
+  CHECK(WgradPlan(1, 256, 384, true, true, 4).tile(0, 0).shared == Shared::input);
+  CHECK(WgradPlan(1, 384, 256, true, true, 4).tile(0, 0).shared == Shared::grad);
+  CHECK(WgradPlan(1, 256, 256, true, true, 1).blocks == 2 && WgradPlan(1, 256, 256, true, true, 3).blocks == 2);
   CHECK(WgradPlan::shared_bytes <= 227 * 1024);
   CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(-100) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
   // a box of the producer's is one block of a stage's tile, and 16 rows of it begin where swapping does
   CHECK(SwappedTile::row_bytes * 8 == WgradPlan::alignment && WgradPlan::depth % 16 == 0);
-  CHECK(WgradPlan::stage_bytes % WgradPlan::alignment == 0 && WgradPlan::exchange_bytes % sizeof(uint64_t) == 0);
+  CHECK(WgradPlan::stage_bytes % WgradPlan::alignment == 0 && Exchange::bytes % 16 == 0);
   CHECK(WgradPlan::producer_registers + 2 * WgradPlan::consumer_registers == 3 * 168);  // what a launch gives out
   alignas(16) static uint16_t memory[16];
   const int64_t row = 0;
@@ -114,6 +161,7 @@ void check_wgrad() {
   CHECK(!Factor(memory, 0, 40, 48, nullptr).can_be_boxed() && !Factor(memory, 100, 40, 0, nullptr).can_be_boxed());
   CHECK(!Factor(memory + 1, 100, 40, 48, nullptr).fits() && !Factor(memory, 100, 40, 44, nullptr).fits());
   CHECK(!Factor(memory, 100, 36, 48, nullptr).fits() && !Factor(memory, int64_t{1} << 31, 40, 48, nullptr).fits());
+  check_exchange();
   // a stage's pieces fill it, and the 8 rows of a group use different banks
   bool used[WgradPlan::factor_bytes / 16] = {};
   for (int row = 0; row < WgradPlan::depth; ++row)
