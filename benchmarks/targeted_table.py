@@ -49,5 +49,6 @@ def _analysis(found: dict) -> list[str]:
     lines += ["| contrast | " + " | ".join(named.values()) + " |", "|---" * (len(named) + 1) + "|"]
     rows = {**found["contrasts"], **{f"TRACE - plain, {b}": v for b, v in found["baselines"].items()}}
     rows["TRACE - plain, at the retrained model's level"] = found["at the retrained model's level"]
-    lines += [f"| {name} | " + " | ".join(interval(row[m], 2) for m in named) + " |" for name, row in rows.items()]
+    made = {name: row for name, row in rows.items() if any(value["n"] for value in row.values())}
+    lines += [f"| {name} | " + " | ".join(interval(row[m], 2) for m in named) + " |" for name, row in made.items()]
     return [*lines, ""]
