@@ -46,6 +46,15 @@ def test_l2_decides_where_it_brings_operands_more_slowly_than_they_are_multiplie
     assert shared.supply == near((150 - 10) * MICRO / 4)
 
 
+def test_a_row_tile_that_fills_no_cluster_shares_nothing():
+    pairs = replace(TILE, cluster=2, alone=True)
+    # 15 us a step where two row tiles share the operand of columns, 20 us for the third one
+    assert product(300, 100, 500, tile=pairs).seconds(TOY).total == near(LAUNCH + 200 * MICRO + FIRST_LOAD)
+    assert product(200, 100, 500, tile=pairs).seconds(TOY).total == near(LAUNCH + 150 * MICRO + FIRST_LOAD)
+    found = product(300, 200, 500, tile=pairs).seconds(TOY)
+    assert found.supply == near((4 * 140 + 2 * 190) * MICRO / 4)
+
+
 def test_rows_and_columns_and_depth_are_padded_to_whole_tiles():
     found = product(101, 199, 501).seconds(FAST_L2)  # 2 x 2 tiles of 11 steps, one for each multiprocessor
     assert found.total == near(LAUNCH + 11 * MICRO + FIRST_LOAD)
@@ -131,7 +140,16 @@ def test_tiles_are_those_that_were_compiled():
     assert (tile.rows, tile.columns, tile.depth, tile.in_flight) == (128, 256, 64, 1)  # 2 x 128 columns: gate and up
     update = kernels.compiled(gpus.H200, "expert_wgrad_update/_update_kernel/adamw bf16", persistent=False)
     assert (update.rows, update.columns, update.depth, update.in_flight) == (64, 128, 64, 2)
-    assert kernels.cuda_wgrad() == Tile(128, 128, 64, in_flight=2)
+    pairs = Tile(128, 128, 64, in_flight=2, cluster=2)
+    assert kernels.cuda_wgrad() == pairs
+    products = [
+        made.tile
+        for launches in (kernels.expert_forward, kernels.expert_dgrad)
+        for made in launches(LAYER, gpus.H200, "cuda")
+        if isinstance(made, Product)
+    ]
+    gathered = replace(pairs, alone=True)
+    assert products == [gathered, pairs, gathered, pairs]  # gate_up, down, dz, d_x
 
 
 def test_a_skewed_routing_costs_a_layer_padding_and_idle_multiprocessors():
@@ -154,7 +172,7 @@ def test_a_layer_counts_the_flop_of_its_geometry():
     weights = 3 * g.hidden * g.inner
     assert kernels.flops(kernels.expert_forward(LAYER, gpus.H200)) == 2 * LAYER.slots * weights
     for impl in ("cuda", "triton"):
-        backward = [*kernels.expert_dgrad(LAYER, gpus.H200), *kernels.expert_wgrad(LAYER, gpus.H200, impl, False)]
+        backward = [*kernels.expert_dgrad(LAYER, gpus.H200, impl), *kernels.expert_wgrad(LAYER, gpus.H200, impl, False)]
         assert kernels.flops(backward) == 4 * LAYER.slots * weights
     loss = kernels.token_loss(8192, 2048, 151_936, gpus.H200)
     assert kernels.flops(loss) == 2 * 2 * 8192 * 2048 * 151_936

@@ -4,8 +4,8 @@
 that they stand beside a measurement once there is one. All figures are predictions: `published` says how good.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks.model import kernels, peers
 from benchmarks.model.gpus import Gpu
@@ -87,22 +87,22 @@ def rows(gpu: Gpu, routing: str = "uniform") -> list[Row]:
 
 
 def implementations(gpu: Gpu) -> tuple[str, ...]:
-    """Return the implementations of `expert_wgrad` on a GPU: CUDA's is for Hopper."""
+    """Return the implementations of `expert_mlp` and `expert_wgrad` on a GPU: CUDA's are for Hopper."""
     return ("cuda", "triton") if gpu.architecture == "sm_90" else ("triton",)
 
 
 def contenders(gpu: Gpu, routing: str = "uniform") -> dict[str, dict[str, Sequence[Kernel]]]:
     """Return the launches of ours and of its peers, by the title of a case of the benchmarks and their names there.
 
-    Of `expert_wgrad`'s implementations the one that is predicted to be the fastest counts.
+    Of an op's implementations the one that is predicted to be the fastest counts.
     """
     layer, size = Layer.routed(QWEN3, TOKENS, routing), (TOKENS, QWEN3.hidden, QWEN3.vocabulary)
 
-    def wgrad(update: bool, share: float = 1.0) -> list[Kernel]:
-        made = [kernels.expert_wgrad(layer, gpu, impl, update, share) for impl in implementations(gpu)]
-        return min(made, key=lambda kernel: together(kernel, gpu).total)
+    def fastest(made: Callable[..., list[Kernel]], *more: Any) -> list[Kernel]:
+        of_each = [made(layer, gpu, impl, *more) for impl in implementations(gpu)]
+        return min(of_each, key=lambda launches: together(launches, gpu).total)
 
-    forward, dgrad = kernels.expert_forward(layer, gpu), kernels.expert_dgrad(layer, gpu)
+    forward, dgrad = fastest(kernels.expert_forward), fastest(kernels.expert_dgrad)
     theirs = {
         _GROUPED: (peers.grouped_mm_forward(layer), peers.grouped_mm_backward(layer)),
         _SONIC: (peers.sonic_forward(layer), peers.sonic_backward(layer)),
@@ -110,7 +110,7 @@ def contenders(gpu: Gpu, routing: str = "uniform") -> dict[str, dict[str, Sequen
     found: dict[str, dict[str, Sequence[Kernel]]] = {
         f"expert_mlp: {_TITLE}, {routing}, forward": {"ours": forward, **{name: f for name, (f, _) in theirs.items()}},
         f"expert_mlp: {_TITLE}, {routing}, backward": {
-            "ours": dgrad + wgrad(False),
+            "ours": dgrad + fastest(kernels.expert_wgrad, False),
             **{name: b for name, (_, b) in theirs.items()},
         },
         _LOSS: {
@@ -121,7 +121,7 @@ def contenders(gpu: Gpu, routing: str = "uniform") -> dict[str, dict[str, Sequen
         _ROUTE: {"ours, triton, graph": kernels.route(layer)},
     }
     for share in (1.0, 0.2, 0.05):
-        step = {"ours": forward + dgrad + wgrad(True, share)}
+        step = {"ours": forward + dgrad + fastest(kernels.expert_wgrad, True, share)}
         step[f"{_GROUPED} + mask + AdamW"] = sum(theirs[_GROUPED], []) + peers.update(layer, share, compact=False)
         for name, passes in theirs.items():
             step[f"{name} + compact AdamW"] = sum(passes, []) + peers.update(layer, share, compact=True)

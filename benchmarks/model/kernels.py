@@ -110,41 +110,62 @@ def resident(gpu: Gpu, entry: dict, threads: int) -> int:
     return max(1, min(gpu.registers // registers, gpu.shared_bytes // (entry["shared_bytes"] + _RESERVED)))
 
 
-def expert_forward(layer: Layer, gpu: Gpu) -> list[Kernel]:
+def expert_forward(layer: Layer, gpu: Gpu, impl: str = "triton") -> list[Kernel]:
     """Return the launches of `expert_mlp`'s forward pass."""
     g, x, a, weights = layer.geometry, layer.x, layer.a, layer.weights
-    # find_tile and the row numbers come before the rows
-    up = compiled(gpu, "expert_mlp/_gate_up_kernel/qwen3", loads=2, halves=True)
     products = layer.by_rows(2 * g.inner, g.hidden)
     return [
-        Product("gate_up", up, products, 3, x + 2 * weights + 3 * a, special=1),
-        *_linear("down", layer, gpu, "expert_mlp/_linear_kernel/qwen3", g.inner, weights, loads=2),
+        Product("gate_up", mlp_tile("gate_up", gpu, impl), products, 3, x + 2 * weights + 3 * a, special=1),
+        *_linear("down", layer, gpu, impl, g.inner, weights),
     ]
 
 
-def _linear(name: str, layer: Layer, gpu: Gpu, entry: str, depth: int, weights: float, loads: int = 1) -> list[Kernel]:
-    # find_tile and, where the rows have weights, their numbers, which the address of a weight waits for; the product
-    # hides the numbers of other rows, and the weights
-    tile = compiled(gpu, entry, loads=loads)
+def _linear(name: str, layer: Layer, gpu: Gpu, impl: str, depth: int, weights: float) -> list[Kernel]:
     moved = 2.0 * layer.slots * depth + weights + layer.y
     return [
-        Product(name, tile, layer.by_rows(layer.geometry.hidden, depth), 2, moved),
+        Product(name, mlp_tile(name, gpu, impl), layer.by_rows(layer.geometry.hidden, depth), 2, moved),
         Stream("sum over k", layer.y + layer.x),
     ]
 
 
-def expert_dgrad(layer: Layer, gpu: Gpu) -> list[Kernel]:
+def expert_dgrad(layer: Layer, gpu: Gpu, impl: str = "triton") -> list[Kernel]:
     """Return the launches of `expert_mlp`'s backward pass, with the factors of all weight gradients."""
     g, n = layer.geometry, layer.slots
     a, weights = layer.a, layer.weights
-    tile = compiled(gpu, "expert_mlp_backward/_activation_gradient_kernel/expert_mlp: qwen3", loads=2)
+    tile = mlp_tile("dz", gpu, impl)
     partial = 4.0 * n * -(-g.inner // tile.columns)
     products = layer.by_rows(g.inner, g.hidden)
     return [
         Product("dz", tile, products, 10, layer.x + weights + 5 * a + partial, special=2),
         Stream("d_weights", partial + 4.0 * n, loads=3),
-        *_linear("d_x", layer, gpu, "expert_mlp/_linear_kernel/qwen3 #2", 2 * g.inner, 2 * weights),
+        *_linear("d_x", layer, gpu, impl, 2 * g.inner, 2 * weights),
     ]
+
+
+def mlp_tile(product: str, gpu: Gpu, impl: str) -> Tile:
+    """Return the tile of one of `expert_mlp`'s products.
+
+    In Triton find_tile comes before the rows, and where they have weights or are gathered their numbers. The product
+    hides the numbers of other rows, and the weights. In CUDA a producer looks up all of it a tile ahead.
+    """
+    if impl == "cuda":
+        return cuda_product(gathered=product in ("gate_up", "dz"))
+    entry, loads = {
+        "gate_up": ("expert_mlp/_gate_up_kernel/qwen3", 2),
+        "down": ("expert_mlp/_linear_kernel/qwen3", 2),
+        "dz": ("expert_mlp_backward/_activation_gradient_kernel/expert_mlp: qwen3", 2),
+        "d_x": ("expert_mlp/_linear_kernel/qwen3 #2", 1),
+    }[product]
+    return compiled(gpu, entry, loads=loads, halves=product == "gate_up")
+
+
+def cuda_product(*, gathered: bool) -> Tile:
+    """Return the tile of csrc/cuda/product_plan.cuh: two consumers take turns, and pairs of blocks share the weights.
+
+    A pair splits the columns of the last of an odd number of row tiles, and shares its rows unless they are gathered.
+    """
+    sides = _constants("product_plan.cuh", "rows", "half", "depth")
+    return Tile(sides["rows"], 2 * sides["half"], sides["depth"], in_flight=2, cluster=2, alone=gathered)
 
 
 def expert_wgrad(layer: Layer, gpu: Gpu, impl: str, update: bool, share: float = 1.0) -> list[Kernel]:
@@ -167,10 +188,17 @@ def expert_wgrad(layer: Layer, gpu: Gpu, impl: str, update: bool, share: float =
 
 
 def cuda_wgrad() -> Tile:
-    """Return the tile of csrc/cuda/expert_wgrad.cuh, whose two consumers take turns."""
-    text = (stamp.ROOT / "csrc" / "cuda" / "expert_wgrad.cuh").read_text(encoding="utf-8")
-    length, depth = (int(re.search(rf"static constexpr int {name} = (\d+);", text)[1]) for name in ("length", "depth"))
-    return Tile(length, length, depth, in_flight=2)
+    """Return the tile of csrc/cuda/expert_wgrad.cuh: two consumers take turns, and pairs of blocks share a factor."""
+    sides = _constants("expert_wgrad.cuh", "length", "depth")
+    return Tile(sides["length"], sides["length"], sides["depth"], in_flight=2, cluster=2)
+
+
+def _constants(header: str, *names: str) -> dict[str, int]:
+    """Return constants of a header of csrc/cuda by their names."""
+    text = (stamp.ROOT / "csrc" / "cuda" / header).read_text(encoding="utf-8")
+    return {
+        name: int(re.search(rf"static constexpr int (?:\w+ = [^;]*?, )?{name} = (\d+)\b", text)[1]) for name in names
+    }
 
 
 def route(layer: Layer) -> list[Kernel]:

@@ -66,8 +66,9 @@ class Tile:
     """How a kernel cuts its products.
 
     in_flight: tiles that a multiprocessor works at, by blocks that fit or by warp groups that take turns; cluster:
-    blocks that share the operand of their columns; persistent: whether a block computes tile after tile; loads: those
-    that follow one another before the first operands can be asked for; rate: part of the tensor cores' rate.
+    blocks that share the operand of their columns; alone: whether the row tiles of a problem that fill no cluster share
+    nothing; persistent: whether a block computes tile after tile; loads: those that follow one another before the first
+    operands can be asked for; rate: part of the tensor cores' rate.
     """
 
     rows: int
@@ -75,15 +76,22 @@ class Tile:
     depth: int = 64
     in_flight: int = 1
     cluster: int = 1
+    alone: bool = False
     persistent: bool = True
     loads: int = 0
     rate: float = 1.0
 
-    def step(self, gpu: Gpu) -> tuple[float, float]:
+    def step(self, gpu: Gpu, *, shared: bool = True) -> tuple[float, float]:
         """Return the seconds of a step through the depth: of the tensor cores alone, and with L2's supply."""
         tensor = 2 * self.rows * self.columns * self.depth / (gpu.tensor * self.rate)
-        operands = BFLOAT16 * self.depth * (self.rows + self.columns / self.cluster)
+        operands = BFLOAT16 * self.depth * (self.rows + self.columns / (self.cluster if shared else 1))
         return tensor, max(tensor, operands / gpu.supply)
+
+    def cut(self, problem: Problem) -> list[tuple[int, bool]]:
+        """Return how many tiles a problem has whose blocks share an operand, and how many whose blocks do not."""
+        down, across = math.ceil(problem.rows / self.rows), math.ceil(problem.columns / self.columns) * problem.count
+        over = down % self.cluster if self.alone else 0
+        return [((down - over) * across, True), (over * across, False)]
 
     def exposed(self, gpu: Gpu, stored: float, special: float) -> float:
         """Return the seconds of a tile outside its steps; stored, special: bytes and functions for each element."""
@@ -116,16 +124,16 @@ class Product:
     def seconds(self, gpu: Gpu) -> Seconds:
         """Predict the time of the launch; its parts are means over all multiprocessors."""
         tile, places = self.tile, (self.programs or gpu.multiprocessors) * self.tile.in_flight
-        tensor, supplied = tile.step(gpu)
         exposed = tile.exposed(gpu, self.stored, self.special)
         padded = loops = 0.0
         tiles: list[tuple[int, float]] = []
         for problem in self.problems:
-            count = math.ceil(problem.rows / tile.rows) * math.ceil(problem.columns / tile.columns) * problem.count
             steps = math.ceil(problem.depth / tile.depth)
-            padded += count * steps * tensor
-            loops += count * steps * supplied
-            tiles.append((count, steps * supplied))
+            for count, shared in tile.cut(problem):
+                tensor, supplied = tile.step(gpu, shared=shared)
+                padded += count * steps * tensor
+                loops += count * steps * supplied
+                tiles += [(count, steps * supplied)] if count else []
         if sum(count for count, _ in tiles) <= places // tile.in_flight:
             tiles = [(count, loop + exposed) for count, loop in tiles]  # each has a multiprocessor for itself
         else:
