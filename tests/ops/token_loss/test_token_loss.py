@@ -100,6 +100,16 @@ def test_weights_that_need_a_gradient_keep_their_zero_rows(kind, impl):
 
 
 @cover(indirect=["impl"], impl=IMPLS, kind=KINDS)
+def test_weights_of_any_stride_say_which_rows_count(kind, impl):
+    inputs = inputs_of(impl, kind)
+    weights = inputs["token_weights"]
+    apart = torch.stack((weights, torch.zeros_like(weights)), 1)[:, 0]
+    assert torch.equal(
+        token_loss(**inputs | {"token_weights": apart}, impl=impl.name), token_loss(**inputs, impl=impl.name)
+    )
+
+
+@cover(indirect=["impl"], impl=IMPLS, kind=KINDS)
 def test_all_weights_zero(kind, impl):
     inputs = inputs_of(impl, kind, BF16)
     inputs["token_weights"].zero_()
