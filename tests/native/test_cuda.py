@@ -33,7 +33,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # what the ops of Hopper multiply by, and what copies their boxes
 HOPPER = {
     "expert_mlp": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.3D", "UTMALDG.3D.MULTICAST"),
-    "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D"),
+    "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.2D.MULTICAST"),
 }
 CUDA = replace(CPU, kind="cuda")  # emulated, on a machine with a GPU too: see the fixture `gpu`
 
