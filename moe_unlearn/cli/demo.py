@@ -6,6 +6,8 @@ from pathlib import Path
 from moe_unlearn import benchmark
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli.run import print_run
+from moe_unlearn.runs import report
+from moe_unlearn.runs.verdict import sentences
 
 
 def run(options: argparse.Namespace) -> None:
@@ -15,3 +17,5 @@ def run(options: argparse.Namespace) -> None:
         return
     out = Path(options.out)
     print_run(out, benchmark.demo(options.corpus, options.seeds, out, command=options.command_line))
+    made = report.read(out)
+    print("", *sentences(made.summary, made.results, made.audit), sep="\n")

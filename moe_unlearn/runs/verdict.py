@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_unlearn.page import Block, Inline, Items, Paragraph, code, mark, strong
+from moe_unlearn.page.text import plain
 from moe_unlearn.runs.summary import BASELINE, CLEAR, FORGOTTEN, KEEP, LEVERS, RUNS, WITHIN, Summary, ordered
 
 _GONE, _PRESENT, _OVERSHOT = "gone", "present", "overshot"
@@ -66,6 +67,12 @@ def verdict(summary: Summary, results: Mapping[Any, Summary], audit: Mapping[str
         )
         blocks += [Paragraph(told), Items(levers)]
     return blocks
+
+
+def sentences(summary: Summary, results: Mapping[Any, Summary], audit: Mapping[str, Any]) -> list[str]:
+    """Return what `verdict` says of each run and each lever, one line of plain text for each."""
+    lists = [block for block in verdict(summary, results, audit) if isinstance(block, Items)]
+    return [plain(item) for block in lists for item in block.items]
 
 
 def _words(metrics: dict[str, float], gold: dict[str, float], target: dict[str, float] | None) -> dict[str, str]:

@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from moe_unlearn import benchmark
+from moe_unlearn.cli import main
 from moe_unlearn.page.style import DRAWING
 from moe_unlearn.runs import figures, pages, report, verdict
 from moe_unlearn.runs import summary as summaries
@@ -115,6 +117,20 @@ def test_an_audit_of_a_run_counts_and_is_shown(tmp_path, verdict, reached):
     assert re.search(
         rf"\| rounding +\| to int4 \\\| nf4 +\| 98 % \\\[90, 99\\\] by VerbMem, int4 \| \*\*{verdict}\*\* +\|", text
     )
+
+
+@pytest.mark.quick
+def test_a_demo_ends_with_the_verdict_of_each_run_and_lever(tmp_path, monkeypatch, capsys):
+    def made(corpus, seeds, out, command):
+        audit = {"run": "combined", "verdict": "hidden", "summary": "", "rows": []}
+        report.save(out, report.Content(RESULTS, results={0: RESULTS}, audit=audit))
+        return RESULTS
+
+    monkeypatch.setattr(benchmark, "demo", made)
+    assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 0
+    lines = capsys.readouterr().out.partition("report.json\n\n")[2].splitlines()
+    words = "VerbMem gone, PrivLeak gone, NLL gone; 97.0% of retain VerbMem kept; audit hidden: not reached."
+    assert f"three levers: {words}" in lines and "WAGLE (where in the model) hurts" in "\n".join(lines)
 
 
 @pytest.mark.quick
