@@ -138,7 +138,7 @@ def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
 
 
 def test_an_adapter_is_audited_as_its_base_with_it(folder, experiment):
-    """As model and as the one before: what is attacked are whole weights, the same as those of the merged model."""
+    """An audit attacks the weights of the merged model, whether the adapter is the model or the one before."""
     base = folder / "before"
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     torch.manual_seed(0)
@@ -152,8 +152,8 @@ def test_an_adapter_is_audited_as_its_base_with_it(folder, experiment):
         audit(adapter, experiment.tokenizer, before=experiment.target, **few)  # whose weights are left as they are
     adapter.merge_and_unload().save_pretrained(folder / "merged")
     experiment.tokenizer.save_pretrained(folder / "merged")
-    kept, changed = (load_file(folder / name / "model.safetensors") for name in ("before", "merged"))
-    assert kept.keys() == changed.keys() and sum(not torch.equal(kept[name], changed[name]) for name in kept) == 18
+    kept, moved = (load_file(folder / name / "model.safetensors") for name in ("before", "merged"))
+    assert kept.keys() == moved.keys() and sum(not torch.equal(kept[name], moved[name]) for name in kept) == 18
     attacks = ("--attacks", "plain,rounding,relearning,routing", "--relearn-steps", "1")
     for out, changed in {
         "of adapter": {"model": "adapter"},
