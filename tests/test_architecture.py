@@ -233,6 +233,7 @@ def test_one_op_one_file():
         "__init__",
         "bits",
         "checks",
+        "custom",
         "exact_sums",
         "gate",
         "legal",

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.checks import check_layer, check_objects, check_routing, vouch
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
 from moe_unlearn.ops.legal import legal_indices, legal_offsets
@@ -214,9 +215,8 @@ def _autocast(tensor: Tensor) -> Tensor:
 _ROUTED = "Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, Tensor expert_offsets"
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_mlp",
-    mutates_args=(),
     schema=f"({_ROUTED}, {fields(ExpertWeights)}, Tensor? trained_experts, {fields(ExpertLayout)}, str impl) "
     "-> (Tensor, Tensor)",
 )
@@ -245,9 +245,8 @@ class Needs(NamedTuple):
     largest: bool
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_mlp_backward",
-    mutates_args=(),
     schema=f"(Tensor grad_out, {_ROUTED}, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, Tensor z, "
     f"{fields(ExpertLayout)}, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, check_rows, num_listed
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.legal import legal_indices, legal_offsets
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
@@ -277,7 +277,7 @@ def _run(name: str, tensor: Tensor, factors_at: int, operands: Sequence[Any]) ->
 _ROWS = f"{fields(Factors)}, Tensor? experts, Tensor? mask"
 
 
-@custom_op("moe_unlearn::expert_wgrad", mutates_args=(), schema=f"({_ROWS}, ScalarType out_dtype, str impl) -> Tensor")
+@custom_op("moe_unlearn::expert_wgrad", schema=f"({_ROWS}, ScalarType out_dtype, str impl) -> Tensor")
 def _expert_wgrad(grad: Tensor, *operands: Any) -> Tensor:
     dw: Tensor = _run("expert_wgrad", grad, 0, (grad, *operands))
     return dw
@@ -289,16 +289,13 @@ def _(grad: Tensor, input: Tensor, expert_offsets: Tensor, *operands: Any) -> Te
     return grad.new_empty(num_listed(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
 
 
-@custom_op(
-    "moe_unlearn::expert_wgrad_accumulate", mutates_args={"out"}, schema=f"(Tensor(a0!) out, {_ROWS}, str impl) -> ()"
-)
+@custom_op("moe_unlearn::expert_wgrad_accumulate", schema=f"(Tensor(a0!) out, {_ROWS}, str impl) -> ()")
 def _accumulate(out: Tensor, grad: Tensor, *operands: Any) -> None:
     _run("expert_wgrad.accumulate", grad, 1, (out, grad, *operands))
 
 
 @custom_op(
     "moe_unlearn::expert_wgrad_sgd",
-    mutates_args={"weight", "momentum_buffer", "master"},
     schema=f"(Tensor(a0!) weight, Tensor(a1!)? momentum_buffer, Tensor(a2!)? master, {_ROWS}, "
     f"{fields(SGD, Update)}, str impl) -> ()",
 )
@@ -308,7 +305,6 @@ def _sgd(weight: Tensor, *operands: Any) -> None:
 
 @custom_op(
     "moe_unlearn::expert_wgrad_adamw",
-    mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"},
     schema=f"(Tensor(a0!) weight, Tensor(a1!) exp_avg, Tensor(a2!) exp_avg_sq, Tensor(a3!)? master, {_ROWS}, "
     f"{fields(AdamW, Update)}, str impl) -> ()",
 )
@@ -322,7 +318,6 @@ for _mutating in (_accumulate, _sgd, _adamw):
 
 @custom_op(
     "moe_unlearn::expert_wgrad_inner",
-    mutates_args=(),
     schema="(Tensor[] grads, Tensor[] inputs, Tensor[] expert_offsets, Tensor?[] grad_rows, Tensor?[] input_rows, "
     "Tensor? experts, Tensor? mask, str impl) -> Tensor",
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits, words_shape
 from moe_unlearn.ops.checks import check_offsets
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.legal import legal_offsets
 
 BLOCK = 1 << 20  # elements widened to float64 at a time
@@ -117,7 +118,7 @@ def gram_factors_ref(row_gradients: list[Tensor], inputs: Tensor, expert_offsets
     return total.tril() + total.tril(-1).t()
 
 
-@torch.library.custom_op("moe_unlearn::gram", mutates_args=())
+@custom_op("moe_unlearn::gram")
 def _gram(gradients: list[Tensor], mask: Tensor | None, impl: str) -> Tensor:
     total: Tensor = backend.resolve("gram", impl, gradients[0])(gradients, mask)
     return total
@@ -128,7 +129,7 @@ def _(gradients: list[Tensor], mask: Tensor | None, impl: str) -> Tensor:
     return gradients[0].new_empty(len(gradients), len(gradients), dtype=torch.float64)
 
 
-@torch.library.custom_op("moe_unlearn::gram_factors", mutates_args=())
+@custom_op("moe_unlearn::gram_factors")
 def _gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor, impl: str) -> Tensor:
     check_offsets(expert_offsets, len(inputs))
     total: Tensor = backend.resolve("gram.factors", impl, inputs)(row_gradients, inputs, expert_offsets)

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from moe_unlearn.ops import checks
+from moe_unlearn.ops.custom import custom_op
 
 NAMES = ("expert_offsets", "trained_experts", "sorted_rows", "experts", "grad_rows", "input_rows", "slices")
 _Ids = TypeVar("_Ids", Tensor, Tensor | None)
@@ -92,7 +92,7 @@ def _note(place: int, wrong: Tensor) -> None:
     met.bitwise_or_(wrong.long() << place)
 
 
-@custom_op("moe_unlearn::legal_offsets", mutates_args=())
+@custom_op("moe_unlearn::legal_offsets")
 def _offsets(offsets: Tensor, num_rows: int) -> Tensor:
     made = offsets.clamp(0, num_rows)
     if made.dim() == 1:
@@ -104,7 +104,7 @@ def _offsets(offsets: Tensor, num_rows: int) -> Tensor:
     return made
 
 
-@custom_op("moe_unlearn::legal_indices", mutates_args=())
+@custom_op("moe_unlearn::legal_indices")
 def _indices(indices: Tensor, place: int, size: int, offsets: Tensor | None, experts: Tensor | None) -> Tensor:
     wrong = (indices < 0) | (indices >= size)
     if offsets is not None:

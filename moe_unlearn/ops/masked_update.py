@@ -45,6 +45,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import philox_words, round_stochastic, unpack_bits
 from moe_unlearn.ops.checks import check_indices, check_momentum, check_objects, check_update
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.legal import legal_slices
 from moe_unlearn.ops.moments import is_narrow, narrowed, widened
 from moe_unlearn.ops.schema import fields
@@ -288,9 +289,8 @@ def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
     return rows if slices is None else param.index_copy(0, slices, rows)
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::masked_sgd",
-    mutates_args={"param", "momentum_buffer", "master"},
     schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!)? momentum_buffer, Tensor? mask, Tensor(a4!)? master, "
     f"Tensor? slices, {fields(SGD, Update)}, str impl) -> ()",
 )
@@ -300,9 +300,8 @@ def _masked_sgd(param: Tensor, *operands: Any) -> None:
     backend.resolve("masked_update.sgd", impl, param)(param, *others)
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::masked_adamw",
-    mutates_args={"param", "exp_avg", "exp_avg_sq", "master"},
     schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!) exp_avg, Tensor(a3!) exp_avg_sq, Tensor? mask, "
     f"Tensor(a5!)? master, Tensor? slices, {fields(AdamW, Update)}, str impl) -> ()",
 )

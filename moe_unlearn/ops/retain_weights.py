@@ -36,6 +36,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+from moe_unlearn.ops.custom import custom_op
 
 RIDGES = tuple(10.0**-k for k in range(1, 8))
 REACHED = 1e-5  # a target missed by more is unreachable, since the last ridge accounts for only 1e-7 |theta|
@@ -200,7 +201,7 @@ def _newton(
     return point, mean
 
 
-@torch.library.custom_op("moe_unlearn::retain_weights", mutates_args=())
+@custom_op("moe_unlearn::retain_weights")
 def _tilted_weights(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> Tensor:
     weights: Tensor = backend.resolve("retain_weights", impl, words)(words, tilt, bias, cap)
     return weights
@@ -211,7 +212,7 @@ def _(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> Tensor
     return words.new_empty(words.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("moe_unlearn::retain_weights_moments", mutates_args=())
+@custom_op("moe_unlearn::retain_weights_moments")
 def _moments(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> tuple[Tensor, Tensor]:
     first, second = backend.resolve("retain_weights.moments", impl, words)(words, tilt, bias, cap)
     return first, second

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.checks import vouch
+from moe_unlearn.ops.custom import custom_op
 
 _MOST_EXPERTS_CUDA = 1024
 _MOST_CELLS = 1 << 20  # kernels keep hundreds of histograms while they count
@@ -94,7 +95,7 @@ def route_ref(
     return Routing(histogram.int(), offsets.int(), sorted_rows.int())
 
 
-@torch.library.custom_op("moe_unlearn::route", mutates_args={"log_weight"})
+@custom_op("moe_unlearn::route", mutates_args={"log_weight"})
 def _route(
     top_k_index: Tensor,
     num_experts: int,

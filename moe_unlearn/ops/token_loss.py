@@ -39,6 +39,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.checks import check_objects
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.schema import fields
 
 KINDS = ("nll", "uce", "kl")
@@ -213,9 +214,8 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::token_loss",
-    mutates_args=(),
     schema=f"({fields(Operands, Formula)}, str impl, bool keep, bool keep_head) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -267,9 +267,8 @@ def _(*operands: Any) -> tuple[Tensor, ...]:
     return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::token_loss_backward",
-    mutates_args=(),
     schema=f"(Tensor grad, {fields(Operands, Softmax, Formula)}, bool needs_hidden, bool needs_head, bool needs_bias, "
     "Tensor direction, str impl) -> (Tensor, Tensor, Tensor)",
 )

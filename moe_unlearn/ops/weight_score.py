@@ -34,6 +34,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import pack_bits, words_shape
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.exact_sums import EXPONENTS, sums_by_exponent
 
 BINS = 1 << 16
@@ -217,7 +218,7 @@ def _bit_rows(
         yield block.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
-@torch.library.custom_op("moe_unlearn::weight_score_histogram", mutates_args=())
+@custom_op("moe_unlearn::weight_score_histogram")
 def _score_histogram(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int, impl: str
 ) -> Tensor:
@@ -233,7 +234,7 @@ def _(
     return weight.new_empty(BINS, dtype=torch.int64)
 
 
-@torch.library.custom_op("moe_unlearn::weight_score_mask", mutates_args=())
+@custom_op("moe_unlearn::weight_score_mask")
 def _score_mask(
     weight: Tensor,
     grad_forget: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import native
+from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.tiled import token_loss as tiled
 from moe_unlearn.ops.token_loss import (
@@ -90,9 +91,8 @@ def backward(grad: Tensor, *operands: Any, direction: Tensor | None = None) -> t
     return grad_hidden, grad_head, grad_bias
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::token_loss_head_",
-    mutates_args=("kept",),
     schema="(Tensor grad, Tensor hidden, Tensor head, Tensor labels, Tensor? bias, Tensor? weights, "
     f"{fields(Softmax)}, Tensor(a9!) kept, Tensor peaks, Tensor spare, str kind, float scale, float? softcap, "
     "bool drop_zero_weights, bool needs_head, bool needs_bias) -> Tensor",
