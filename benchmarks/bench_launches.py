@@ -16,6 +16,7 @@ import json
 import os
 import pstats
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,24 @@ def is_fixed(layer: Layer) -> bool:
     return rounds[0] == rounds[1]
 
 
+def calls(layer: Layer) -> int:
+    """Return how many functions, Python's and those it calls in C, a round of the layer runs."""
+    found = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    with launching():
+        layer.backward(layer.forward())
+        sys.setprofile(count)
+        try:
+            layer.backward(layer.forward())
+        finally:
+            sys.setprofile(None)
+    return found
+
+
 def timed(layer: Layer, rounds: int) -> dict[str, list[float]]:
     """Return the milliseconds of each round, of a forward and of a backward pass."""
     found: dict[str, list[float]] = {"forward": [], "backward": []}
@@ -177,9 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         profiled(layer, lambda: [layer.backward(layer.forward()) for _ in range(options.rounds)] and None)
         return
     counts, times, fixed = counted(layer), timed(layer, options.rounds), is_fixed(layer)
+    functions = calls(layer)
     least = {name: min(own) for name, own in times.items()}
     if options.json:
-        print(json.dumps({"counts": counts, "least": least, "fixed": fixed}))
+        print(json.dumps({"counts": counts, "least": least, "fixed": fixed, "calls": functions}))
         return
     for name, own in times.items():
         kernels, operations = counts[name], counts[f"{name}, torch"]
@@ -189,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print("         ", ", ".join(f"{count} {kernel}" for kernel, count in (kernels | operations).items()))
     print(f"the launches are {'the same' if fixed else 'others'} where all tokens have the same experts")
-    print(f"a layer   {sum(least.values()):.3f} ms at least (goal {GOAL:g}); no kernel ran")
+    print(f"a layer   {sum(least.values()):.3f} ms at least (goal {GOAL:g}), {functions} functions; no kernel ran")
 
 
 if __name__ == "__main__":

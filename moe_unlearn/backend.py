@@ -36,6 +36,7 @@ _FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "trit
 
 _kernels: dict[tuple[str, str], Callable | str] = {}
 _broken: dict[tuple[str, str], str] = {}  # why the import of a kernel failed
+_made: dict[tuple, tuple[str, ...]] = {}  # the choices made so far, by all that they depend on but the kernels
 _recording = False  # whether the CPU stands for a GPU whose launches are recorded
 
 
@@ -48,6 +49,7 @@ def register(name: str, impl: str, kernel: Callable | str) -> None:
         raise ValueError(f"impl must be one of {IMPLS}; got {impl!r}")
     _kernels[name, impl] = kernel
     _broken.pop((name, impl), None)
+    _made.clear()
 
 
 @contextlib.contextmanager
@@ -76,19 +78,19 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
 
 def available(name: str, device_type: str) -> tuple[str, ...]:
     """Return the implementations of `name` that can run on `device_type`, fastest first; each is imported."""
-    return tuple(impl for impl in _candidates(name, device_type) if not _why_not(name, impl))
+    return tuple(impl for impl in _candidates(name, device_type, _first(name, device_type)) if not _why_not(name, impl))
 
 
 def has(name: str, impl: str, device_type: str) -> bool:
     """Return whether `impl` of `name` can run on `device_type`; no other implementation is imported."""
-    return impl in _candidates(name, device_type) and not _why_not(name, impl)
+    return impl in _candidates(name, device_type, None) and not _why_not(name, impl)
 
 
 def unusable(device_type: str) -> dict[tuple[str, str], list[str]]:
     """Return the kernels for `device_type` whose import fails, as {(impl, reason of the failure): names}."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in registered():
-        for impl in _candidates(name, device_type):
+        for impl in _candidates(name, device_type, _first(name, device_type)):
             if why := _why_not(name, impl):
                 found.setdefault((impl, why), []).append(name)
     return found
@@ -149,6 +151,7 @@ def _kernel(name: str, impl: str) -> Callable:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("moe_unlearn."):
             why += "; `pip install --no-deps --no-build-isolation -e .` installs it"
         _broken[name, impl] = why
+        _made.clear()
         raise UnavailableError(f"{name!r} has no usable implementation {impl}: {why}") from error
     _kernels[name, impl] = kernel
     return kernel
@@ -162,11 +165,15 @@ def _why_not(name: str, impl: str) -> str:
     return _broken.get((name, impl), "")
 
 
-def _candidates(name: str, device_type: str, elements: int | None = None) -> tuple[str, ...]:
+def _first(name: str, device_type: str, elements: int | None = None) -> str | None:
+    """Return the implementation that measurements put first for a number of elements, None if there are none."""
+    return measured.first(name, "cuda" if _recording else device_type, elements)
+
+
+def _candidates(name: str, device_type: str, first: str | None) -> tuple[str, ...]:
     """List the implementations registered for the device, fastest first, whether or not they can be imported."""
     device_type = "cuda" if _recording else device_type
     order: tuple[str, ...] = _FASTEST_FIRST.get(device_type, ("ref",))
-    first = measured.first(name, device_type, elements)
     if first is not None and first in order:
         order = (first, *(impl for impl in order if impl != first))
     return tuple(impl for impl in order if (name, impl) in _kernels and _can_run(impl, device_type))
@@ -176,7 +183,19 @@ def _choices(
     name: str, impl: str, device_type: str, dtype: torch.dtype | None, elements: int | None = None
 ) -> tuple[str, ...]:
     """Return the implementations that `impl` allows and the device has, in the order of preference."""
-    candidates = _candidates(name, device_type, elements)
+    first = _first(name, device_type, elements)
+    environment = os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get("TRITON_INTERPRET"), _recording
+    key = name, impl, device_type, dtype == torch.float64, first, environment, id(_kernels)
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = _new_choices(name, impl, device_type, dtype, first)
+    return found
+
+
+def _new_choices(
+    name: str, impl: str, device_type: str, dtype: torch.dtype | None, first: str | None
+) -> tuple[str, ...]:
+    candidates = _candidates(name, device_type, first)
     if impl == "auto":
         impl, preference = _from_environment(name.partition(".")[0])
     else:

@@ -11,7 +11,8 @@ from tests.static.ledger import ROOT
 
 pytest.importorskip("triton")
 
-TORCH = 34  # of them 4 on the CPU: the count of steps of each weight
+TORCH = 29  # of them 4 on the CPU: the count of steps of each weight
+FUNCTIONS = 2100  # of Python and of what it calls in C; a count has no noise, as a time has
 
 
 @pytest.mark.slow
@@ -32,3 +33,4 @@ def test_a_layer_launches_no_more_than_it_needs():
     assert counts["backward"] == dict.fromkeys(once, 1) | {"_update_kernel": 2}
     assert not counts["forward, torch"]
     assert sum(counts["backward, torch"].values()) <= TORCH, counts["backward, torch"]
+    assert found["calls"] <= FUNCTIONS

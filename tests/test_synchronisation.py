@@ -241,7 +241,8 @@ def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
     grad, x = torch.randn(5, 4), torch.randn(5, 6)
     grad[3], x[4] = value * grad[3], float("nan")
     order = torch.tensor([0, 1, 2, 3, 0][:rows]) if indexed else None
-    factors = Factors(grad, x[:4] if indexed else x, torch.tensor([0, 1, rows], dtype=torch.int32), order, order)
+    offsets = torch.tensor([0, min(1, rows), rows], dtype=torch.int32)
+    factors = Factors(grad, x[:4] if indexed else x, offsets, order, order)
     bound = largest_sum(factors)
     monkeypatch.setattr(step_factors, "_extremes", step_factors._extremes_on_device)
     assert torch.equal(bound.nan_to_num(nan=-1.0), largest_sum(factors).nan_to_num(nan=-1.0))

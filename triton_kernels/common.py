@@ -109,3 +109,8 @@ def as_slices(tensor: torch.Tensor, sliced: bool = False) -> torch.Tensor:
     if tensor.dim() == 2:
         return tensor[:, None] if sliced else tensor[None]
     return tensor.flatten(1, -2)
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return how many pieces of a size `count` elements take; triton.cdiv is slow where the host calls it."""
+    return -(-count // size)

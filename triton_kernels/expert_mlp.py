@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import round_nearest
+from moe_unlearn.triton_kernels.common import ceil_div, round_nearest
 from moe_unlearn.triton_kernels.gate import activate
 from moe_unlearn.triton_kernels.grouped_matmul import (
     column_slices,
@@ -110,7 +110,7 @@ def linear_to_tokens(
         **blocks(tile),
     )
     out = left.new_empty(num_rows // top_k, columns)
-    _sum_kernel[len(out), triton.cdiv(columns, tiles.sum_columns)](
+    _sum_kernel[len(out), ceil_div(columns, tiles.sum_columns)](
         slots, out, COLUMNS=columns, TOP_K=top_k, BLOCK=tiles.sum_columns, num_warps=4
     )
     return out

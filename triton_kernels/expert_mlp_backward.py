@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.triton_kernels.common import round_nearest, widen
+from moe_unlearn.triton_kernels.common import ceil_div, round_nearest, widen
 from moe_unlearn.triton_kernels.expert_mlp import bias_of, blocks, contiguous, linear_to_tokens, tiles_of
 from moe_unlearn.triton_kernels.gate import activate, activate_backward
 from moe_unlearn.triton_kernels.grouped_matmul import (
@@ -56,12 +56,12 @@ def expert_mlp_backward(
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.activation
     weight = weight_argument(down_proj, tile.columns, tile)
-    parts = triton.cdiv(inner, tile.columns)
+    parts = ceil_div(inner, tile.columns)
     partial = z.new_empty(parts * need_weights, num_rows, dtype=torch.float32)
     most_tiles = most_row_tiles(num_rows, num_experts, tile.rows) * parts
     # bits of float32; zeros, since a tile of this upper bound may not exist; both rows begin at a multiple of 16 bytes,
     # since a kernel is compiled anew for an address that does not
-    largest = z.new_zeros(2, triton.cdiv(most_tiles, 4) * 4 * need_largest, dtype=torch.int32)
+    largest = z.new_zeros(2, ceil_div(most_tiles, 4) * 4 * need_largest, dtype=torch.int32)
     _activation_gradient_kernel[grid(num_rows, num_experts, inner, tile, x.device)](
         grad_out, *rows, weight.source, weights.contiguous(), z.contiguous(),
         dz if need_z or need_x else None, scaled if need_scaled else None, partial if need_weights else None,

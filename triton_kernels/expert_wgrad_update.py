@@ -232,7 +232,7 @@ def _launch(weight: torch.Tensor, state, mask, factors, experts, counter, roundi
     if packed or state[2] is not None or rounding == "stochastic":
         epilogue = "update"
     else:
-        epilogue = "weights" if state == (None, None, None) else "state"
+        epilogue = "weights" if all(s is None for s in state) else "state"
     shape, tile = tile_for(epilogue, factors, experts)
     if 0 in shape:
         return

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import dot
+from moe_unlearn.triton_kernels.common import ceil_div, dot
 
 POINTERS, BY_DEPTH, BY_COLUMN = range(3)  # the ways to read a weight
 _POINTERS, _BY_DEPTH = tl.constexpr(POINTERS), tl.constexpr(BY_DEPTH)
@@ -62,13 +62,13 @@ def grid(
     num_rows: int, num_experts: int, num_columns: int, tile: configs.MatmulTile, device: torch.device
 ) -> tuple[int]:
     """Return the grid: one program per tile that may exist, or as many as run at once if the tile is persistent."""
-    tiles = most_row_tiles(num_rows, num_experts, tile.rows) * triton.cdiv(num_columns, tile.columns)
+    tiles = most_row_tiles(num_rows, num_experts, tile.rows) * ceil_div(num_columns, tile.columns)
     return (min(tiles, configs.num_programs(device)) if tile.persistent else tiles,)
 
 
 def most_row_tiles(num_rows: int, num_experts: int, rows: int) -> int:
     """Return the largest possible number of tiles of `rows` rows, whatever the segments."""
-    return triton.cdiv(num_rows, rows) + min(num_rows, num_experts + 1)
+    return ceil_div(num_rows, rows) + min(num_rows, num_experts + 1)
 
 
 @triton.jit

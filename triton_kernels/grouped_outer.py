@@ -21,7 +21,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import dot
+from moe_unlearn.triton_kernels.common import ceil_div, dot
 from moe_unlearn.triton_kernels.configs import OuterTile
 from moe_unlearn.triton_kernels.grouped_matmul import describable
 
@@ -71,7 +71,7 @@ def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: O
 
 def num_tiles(shape: tuple[int, int, int], tile: OuterTile) -> int:
     """Return the number of tiles of the matrices [M_e, M, P]."""
-    return shape[0] * triton.cdiv(shape[1], tile.block_m) * triton.cdiv(shape[2], tile.block_p)
+    return shape[0] * ceil_div(shape[1], tile.block_m) * ceil_div(shape[2], tile.block_p)
 
 
 def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int | None]:

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from moe_unlearn import backend, native
 from moe_unlearn.ops.checks import check_layer, check_objects, check_routing, vouch
 from moe_unlearn.ops.custom import custom_op
-from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
+from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad, most_rows_of
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
 from moe_unlearn.ops.legal import legal_indices, legal_offsets
 from moe_unlearn.ops.schema import fields
@@ -318,6 +318,7 @@ def _dgrad(
     down = BoundedFactors(grad_out, scaled, offsets, token, None)
     if bounded:
         up.largest, down.largest = (largest[0], None), (None, largest[1])
+        up.most_rows = down.most_rows = most_rows_of(offsets)
     if ctx.layout.transposed:
         up, down = _swapped(up), _swapped(down)
     factors: list[Factors | None] = [up if need_w1 else None, down if need_w2 else None, None, None]
@@ -333,7 +334,7 @@ def _dgrad(
 def _swapped(factors: BoundedFactors) -> BoundedFactors:
     """Return the factors of the transposed gradient."""
     swapped = BoundedFactors(factors.input, factors.grad, factors.expert_offsets, factors.input_rows, factors.grad_rows)
-    swapped.largest = factors.largest[::-1]
+    swapped.largest, swapped.most_rows = factors.largest[::-1], factors.most_rows
     return swapped
 
 

@@ -45,10 +45,17 @@ class Factors(NamedTuple):
 
 
 class BoundedFactors(Factors):
-    """Factors with the largest absolute values that are known; a changed copy (`_replace`) loses them."""
+    """Factors of which more is known, each [] on their device; a changed copy (`_replace`) loses it."""
 
-    # the largest absolute value of grad and of input, [] on their device, NaN if one is NaN; None if not known
+    # the largest absolute value of grad and of input, NaN if one is NaN; None if not known
     largest: tuple[Tensor | None, Tensor | None] = (None, None)
+    # `most_rows_of` the offsets; None if not known
+    most_rows: Tensor | None = None
+
+
+def most_rows_of(expert_offsets: Tensor) -> Tensor:
+    """Return the most rows that one expert has, float64 [], by its offsets [E + 1]."""
+    return expert_offsets.diff().max().double()
 
 
 def expert_wgrad(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import gram_factors, legal
 from moe_unlearn.ops.checks import vouch
-from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad_inner
+from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad_inner, most_rows_of
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -32,20 +32,18 @@ def may_overflow(bound: float, name: str, updated: tuple[str, ...] = ()) -> bool
 
 def largest_sum(factors: Factors) -> Tensor:
     """Return an upper bound on the absolute values of dW, float64 [] on its device; non-finite if a factor is."""
-    offsets = factors.expert_offsets
-    rows = offsets[-1]
-    bound = offsets.diff().max().double()
     sides = (factors.grad, factors.grad_rows), (factors.input, factors.input_rows)
-    known = factors.largest if isinstance(factors, BoundedFactors) else (None, None)
-    for (values, index), largest in zip(sides, known, strict=True):
+    own = factors if isinstance(factors, BoundedFactors) else BoundedFactors(*factors)
+    bound = most_rows = most_rows_of(factors.expert_offsets) if own.most_rows is None else own.most_rows
+    for (values, index), largest in zip(sides, own.largest, strict=True):
         if not values.numel():
             return torch.zeros_like(bound)
         if largest is None:
             # equal to the infinity norm, and many times as fast
-            low, high = values.aminmax() if index is not None else _extremes(values, rows)
+            low, high = values.aminmax() if index is not None else _extremes(values, factors.expert_offsets[-1])
             largest = torch.maximum(-low, high)
         bound = bound * largest  # in float64: both have no dimension
-    return torch.where(rows > 0, bound, 0)
+    return torch.where(most_rows > 0, bound, most_rows)  # 0 without rows, whatever the factors hold
 
 
 def look(values: Sequence[Tensor]) -> list[float]:
