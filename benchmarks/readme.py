@@ -1,10 +1,10 @@
 """Write the figures of README.md and benchmarks/RESULTS.md from the recorded results: python -m benchmarks.readme
 
-RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`), what
-each verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`), what the levers buy
-(`efficacy`) and TRACE alone (`targeted_table`), what the router lever does (`router_table`), what rounding leaves of
-unlearning (`survive_table`) and what deep forgetting costs (`lasting`); README.md has a row for quality, one for
-speed and one for memory. The text between two marks is replaced.
+RESULTS.md has the costs of the newest run of each kind of processor and GPU, the table of the embedded experiment
+(`headline`), what each verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`), what the
+levers buy (`efficacy`) and TRACE alone (`targeted_table`), what the router lever does (`router_table`), what rounding
+leaves of unlearning (`survive_table`) and what deep forgetting costs (`lasting`); README.md has a row for quality, one
+for speed and one for memory. The text between two marks is replaced.
 `tests/test_bench_readme.py` fails where a page and the run differ, and where a kernel changed since the run and the
 page does not say so; another call of this module repairs both.
 """
@@ -42,17 +42,20 @@ _HEADER = "| work | result | against | measured | target | |\n|---|---|---|---|-
 
 def generated(results: Path = stamp.RESULTS, root: Path = stamp.ROOT) -> str:
     """Return the tables of costs, for the runs that are there."""
-    parts = [_device(device, results, root) for device in sorted(record.runs(results))]
+    parts = [
+        _kind(path, run, results, root, pictured=i == 0)
+        for device in sorted(record.runs(results))
+        for i, (path, run) in enumerate(record.kinds(device, results))
+    ]
     return "\n\n".join(parts) if parts else "No run of the suite is recorded yet."
 
 
-def _device(device: str, results: Path, root: Path) -> str:
-    path, run = record.latest(device, results)
+def _kind(path: Path, run: dict, results: Path, root: Path, *, pictured: bool) -> str:
     lines = [_where(path, run, root), "", _HEADER]
     lines += [_line(row, found) for row in run["rows"] for found in row.get("verdicts", ()) if _shown(found)]
     lines += ["", *_remarks(run), *_correctness(path.parent / "correctness.json", root), *_beside(run)]
     figure = path.parent / _FIGURE
-    if figure.exists():
+    if pictured and figure.exists():  # it shows the first kind
         lines += ["", f"![Times as fast as each rival]({figure.relative_to(results.parent).as_posix()})"]
     return "\n".join(lines).rstrip()
 
@@ -67,6 +70,8 @@ def _where(path: Path, run: dict, root: Path) -> str:
     on_gpu = found["device"] == "cuda"
     what = where["device"] if on_gpu else f"{found['cpu']} ({found['native']}), {found['threads']} thread"
     parts = [f"{what}, torch {found['torch']}, {run['time']} time, commit {(where['commit'] or 'unknown')[:9]}"]
+    if held := record.held_to(run):
+        parts.append(f"torch's products held to {held}")
     if run["state"] != record.COMPLETE:
         parts.append(run["state"])
     if stale(run, root):

@@ -95,8 +95,26 @@ def _order(path: Path) -> tuple[str, float]:
     return path.name[:10], json.loads(path.read_text(encoding="utf-8")).get("started", 0.0)
 
 
+def kinds(device: str, results: Path = stamp.RESULTS) -> list[tuple[Path, dict]]:
+    """Return the newest run of each kind of processor or GPU in a device folder, a complete one if there is any.
+
+    The newest comes first, and those whose products were held to what another kind has come last.
+    """
+    found: dict[tuple, list[tuple[Path, dict]]] = {}
+    for path in runs(results).get(device, []):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        kind = run["fingerprint"].get("cpu") if device == "cpu" else run["stamp"]["device"], held_to(run)
+        found.setdefault(kind, []).append((path, run))
+    newest = [([p for p in pairs if p[1]["state"] == COMPLETE] or pairs)[-1] for pairs in found.values()]
+    newest.sort(key=lambda pair: _order(pair[0]), reverse=True)
+    return sorted(newest, key=lambda pair: bool(held_to(pair[1])))
+
+
+def held_to(run: Mapping) -> str:
+    """Return the instruction set that torch's products were held to in a run, "" if they were not."""
+    return str(run.get("onednn_held_to", ""))
+
+
 def latest(device: str, results: Path = stamp.RESULTS) -> tuple[Path, dict] | None:
-    """Return the newest run of a device folder, a complete one if there is any, or None without runs."""
-    contents = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in runs(results).get(device, [])]
-    whole = [pair for pair in contents if pair[1]["state"] == COMPLETE]
-    return (whole or contents or [None])[-1]
+    """Return the first of `kinds`, or None without runs."""
+    return next(iter(kinds(device, results)), None)

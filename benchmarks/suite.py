@@ -270,6 +270,7 @@ def environment(device: str) -> dict:
         "stamp": where,
         "fingerprint": fingerprint(device),
         "kernels": stamp.kernel_sources_hash(device=device),
+        "onednn_held_to": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "time": "CUDA events" if device == "cuda" else "processor" if torch.get_num_threads() == 1 else "wall",
         "ceilings": harness.measure_ceilings(device),
     }

@@ -85,6 +85,22 @@ def test_a_kernel_of_that_device_that_changed_marks_the_table(root, name, marked
     assert (readme.STALE in text(root)) == marked
 
 
+def test_each_kind_of_processor_has_its_newest_run(root):
+    """The one that was not held back and is the newest comes first, and alone has the picture and the headline."""
+    (path,) = record.runs(root / "benchmarks/results")["cpu"]
+    run = json.loads(path.read_text(encoding="utf-8"))
+    path.with_name("speedup.png").write_bytes(b"")
+    for date, cpu, held in (("03", "B", ""), ("04", "B", ""), ("05", "B", "AVX512_CORE_BF16"), ("01", "A CPU", "")):
+        other = run | {"fingerprint": run["fingerprint"] | {"cpu": cpu}, "onednn_held_to": held}
+        path.with_name(f"2026-01-{date}-012345678.json").write_text(json.dumps(other), encoding="utf-8")
+    places = [text(root).find(f"cpu/2026-01-{date}-") for date in ("04", "02", "05")]
+    assert 0 < places[0] < places[1] < places[2] and text(root).count("commit 012345678") == 3
+    assert "torch's products held to AVX512_CORE_BF16" in text(root)[places[1] :]
+    assert text(root).count("speedup.png") == 1 and 0 < text(root).find("speedup.png") < places[1]
+    assert "B (avx2)" not in readme.headlines(root / "benchmarks/results", root)
+    assert record.latest("cpu", root / "benchmarks/results")[0].name.startswith("2026-01-04")
+
+
 def test_the_text_goes_between_the_marks():
     begin, end = readme.marks("suite")
     page = f"before\n{begin}\nold\n{end}\nafter\n"
