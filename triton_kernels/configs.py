@@ -7,6 +7,7 @@ MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -201,6 +202,7 @@ class ExpertMLP(NamedTuple):
     sum_columns: int
 
 
+@functools.lru_cache
 def expert_mlp(
     rows_per_expert: int, hidden: int, pairs: bool, dtype: torch.dtype, arch: int, aligned: bool
 ) -> ExpertMLP:
@@ -246,6 +248,7 @@ class OuterTile(NamedTuple):
     max_registers: int | None
 
 
+@functools.lru_cache
 def expert_wgrad(
     epilogue: str,
     shape: tuple[int, int, int],

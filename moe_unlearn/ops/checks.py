@@ -86,6 +86,12 @@ def num_listed(expert_offsets: Tensor, experts: Tensor | None) -> int:
     return expert_offsets.shape[0] - (1 if expert_offsets.dim() == 1 else 0)
 
 
+def num_positions(grad: Tensor, input: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None) -> int:
+    """Return how many sorted positions have a row in both factors."""
+    sides = grad if grad_rows is None else grad_rows, input if input_rows is None else input_rows
+    return min(sides[0].shape[0], sides[1].shape[0])
+
+
 def check_factors(
     factors: "Factors",
     experts: Tensor | None,
@@ -108,23 +114,24 @@ def check_factors(
             raise ValueError(f"{name} must be int32 or int64 [n]; got {ids.dtype} {tuple(ids.shape)}")
     if weight is not None and buffers:  # an update; a gradient may be computed twice
         _check_distinct("experts", experts)
-    whole, shape = ((num_listed(offsets, e), grad.shape[1], input.shape[1]) for e in (None, experts))
-    floats = {"weight": (weight, list(whole))} | {name: (buffer, list(shape)) for name, buffer in buffers.items()}
-    for name, (tensor, expected) in floats.items():
+    slice_shape = [grad.shape[1], input.shape[1]]
+    shape = [num_listed(offsets, experts), *slice_shape]
+    for name, tensor in {"weight": weight, **buffers}.items():
         if tensor is None:
             continue
         packed = name not in ("weight", "master") and tensor.dtype == PACKED
+        expected = [num_listed(offsets, None), *slice_shape] if name == "weight" else shape
         expected = _stored(tensor, expected) if packed else expected
         if list(tensor.shape) != expected or not (packed or tensor.is_floating_point()):
             raise ValueError(f"{name} must be float {expected}; got {tensor.dtype} {list(tensor.shape)}")
     words = words_shape(shape)
     if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
         raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
-    tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows}
-    tensors |= {"experts": experts, "mask": mask, "weight": weight, **buffers}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != grad.device:
-            raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")
+    device = grad.device
+    others = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows}
+    for name, tensor in {**others, "experts": experts, "mask": mask, "weight": weight, **buffers}.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like grad; got {tensor.device}")
 
 
 def check_objects(**given: tuple[object, type]) -> None:
@@ -305,11 +312,10 @@ def check_routing(sorted_rows: Tensor, offsets: Tensor, trained_experts: Tensor 
 def check_rows(experts: Tensor | None, *gradients: Sequence[Any]) -> None:
     """Raise ValueError or IndexError unless the experts exist, and their rows too in the `Factors` of each gradient."""
     for grad, input, offsets, grad_rows, input_rows in gradients:
-        sides = (grad, grad_rows), (input, input_rows)
-        check_offsets(offsets, min(len(values) if rows is None else len(rows) for values, rows in sides))
+        check_offsets(offsets, num_positions(grad, input, grad_rows, input_rows))
         check_indices("experts", experts, num_listed(offsets, None))
-        check_indices("grad_rows", grad_rows, len(grad), offsets, experts)
-        check_indices("input_rows", input_rows, len(input), offsets, experts)
+        check_indices("grad_rows", grad_rows, grad.shape[0], offsets, experts)
+        check_indices("input_rows", input_rows, input.shape[0], offsets, experts)
 
 
 def _is_vouched(indices: Tensor, limit: int) -> bool:

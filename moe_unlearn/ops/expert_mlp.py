@@ -308,7 +308,7 @@ def _dgrad(
         rows, offsets, z = _rows_of(trained, rows, offsets, z)
     wanted = Needs(need_x, need_weights, need_w1 or need_b1, need_w2, bounded)
     flat = *ctx.layout.flat(), list(wanted), ctx.impl
-    d_x, d_weights, dz, scaled, largest = torch.ops.moe_unlearn.expert_mlp_backward(
+    d_x, d_weights, dz, scaled, largest = _expert_mlp_backward(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, *flat
     )
     token = rows // weights.shape[1]

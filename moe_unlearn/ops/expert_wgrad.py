@@ -27,7 +27,15 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, check_rows, num_listed
+from moe_unlearn.ops.checks import (
+    check_factors,
+    check_momentum,
+    check_numerics,
+    check_objects,
+    check_rows,
+    num_listed,
+    num_positions,
+)
 from moe_unlearn.ops.custom import custom_op
 from moe_unlearn.ops.legal import legal_indices, legal_offsets
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
@@ -96,11 +104,10 @@ def expert_wgrad(
 def _legal(factors: Factors, experts: Tensor | None) -> tuple[Factors, Tensor | None]:
     """Return factors and experts that lead nowhere outside, on a device that is not read."""
     grad, input, offsets, grad_rows, input_rows = factors
-    sides = (grad, grad_rows), (input, input_rows)
-    offsets = legal_offsets(offsets, min(len(values if rows is None else rows) for values, rows in sides))
+    offsets = legal_offsets(offsets, num_positions(grad, input, grad_rows, input_rows))
     experts = legal_indices("experts", experts, num_listed(offsets, None))
-    grad_rows = legal_indices("grad_rows", grad_rows, len(grad), offsets, experts)
-    input_rows = legal_indices("input_rows", input_rows, len(input), offsets, experts)
+    grad_rows = legal_indices("grad_rows", grad_rows, grad.shape[0], offsets, experts)
+    input_rows = legal_indices("input_rows", input_rows, input.shape[0], offsets, experts)
     return factors._replace(expert_offsets=offsets, grad_rows=grad_rows, input_rows=input_rows), experts
 
 
