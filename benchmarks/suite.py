@@ -307,6 +307,11 @@ def main() -> int:
     return conducted(arguments, chosen)
 
 
+def restriction(only: str, tiers: str) -> str:
+    """Return what a run was restricted to, "" if it has all cases; a restricted run is not a complete one."""
+    return " ".join(filter(None, [only, f"tier {tiers}" if tiers else ""]))
+
+
 def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
     """Conduct a run from its environment to its record; return the exit status."""
     start, clock = time.monotonic(), time.monotonic
@@ -317,7 +322,7 @@ def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
         worker = Worker([sys.executable, "-m", "benchmarks.suite", "--worker", "--device", arguments.device], log)
         try:
             head = worker.ask(ENVIRONMENT, seconds)
-            head |= {"only": arguments.only, "started": time.time(), "budget": seconds}
+            head |= {"only": restriction(arguments.only, arguments.tiers), "started": time.time(), "budget": seconds}
             record = _record(arguments, head)
             conduct(chosen, worker.ask, record, seconds=seconds - RESERVE, clock=clock, start=start)
         except Broken as error:

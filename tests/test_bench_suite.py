@@ -186,6 +186,11 @@ def test_parts_and_tiers_are_chosen():
     ops = suite.cases("cuda", part="ops", tiers=[0])
     steps = suite.cases("cuda", part="steps")
     assert {case.op for case in steps} == {"step"} and "step" not in {case.op for case in ops}
+    assert [suite.restriction("route", ""), suite.restriction("", "0,1"), suite.restriction("", "")] == [
+        "route",
+        "tier 0,1",
+        "",
+    ]
     assert {case.tier for case in ops} == {0} and len(suite.cases("cuda", tiers=[1])) < len(suite.cases("cuda"))
 
 
