@@ -241,8 +241,9 @@ def token_loss_kl(tokens: int, hidden: int, vocabulary: int, gpu: Gpu, *, kept: 
     """
     h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
     arch = configs.tiles_of(int(gpu.architecture.removeprefix("sm_")))
-    config = configs.token_loss(tokens, vocabulary, torch.bfloat16, arch, True, False, True)
-    logits = compiled(gpu, "token_loss/_partials_kernel/kl, qwen3", persistent=False, loads=2)
+    config = configs.token_loss(tokens, vocabulary, torch.bfloat16, arch, True, False, True, kept)
+    entry = f"token_loss/_partials_kernel/kl, {'kept, ' if kept else ''}qwen3"
+    logits = compiled(gpu, entry, persistent=False, loads=2)
     select, gather = Stream("select", 12.0 * tokens, loads=3), Stream("gather", 2 * h, loads=2)
 
     def both(name: str, tile: Tile, rows: int, columns: int, stored: int, special: int) -> Kernel:
@@ -254,7 +255,7 @@ def token_loss_kl(tokens: int, hidden: int, vocabulary: int, gpu: Gpu, *, kept: 
 
     if kept:
         found: list[Kernel] = [select, gather, gather]
-        for rows in _spans(tokens, configs.KEPT_BYTES // (4 * vocabulary) // logits.rows * logits.rows):
+        for rows in _spans(tokens, config.kept_rows):
             sums, moved = _hidden_sums(gpu, config, rows, hidden, vocabulary)
             found += [
                 both("logits", logits, rows, vocabulary, 4, 2),
