@@ -174,8 +174,18 @@ def test_a_layer_counts_the_flop_of_its_geometry():
     for impl in ("cuda", "triton"):
         backward = [*kernels.expert_dgrad(LAYER, gpus.H200, impl), *kernels.expert_wgrad(LAYER, gpus.H200, impl, False)]
         assert kernels.flops(backward) == 4 * LAYER.slots * weights
-    loss = kernels.token_loss(8192, 2048, 151_936, gpus.H200)
-    assert kernels.flops(loss) == 2 * 2 * 8192 * 2048 * 151_936
+    head = 8192, 2048, 151_936
+    assert kernels.flops(kernels.token_loss(*head, gpus.H200)) == 2 * 2 * 8192 * 2048 * 151_936
+    for kept, products in ((True, 3), (False, 5)):
+        assert kernels.flops(kernels.token_loss_kl(*head, gpus.H200, kept=kept)) == products * 2 * 8192 * 2048 * 151_936
+
+
+def test_kl_moves_two_numbers_of_each_pair_of_logits_out_and_in_and_one_out_and_in_again():
+    """Where the hidden size is small: 4 bytes out, 4 in, 2 out, 2 in, and the head twice for each span."""
+    rows, columns, hidden = 1000, 2**18, 64
+    moved = sum(kernel.moved for kernel in kernels.token_loss_kl(rows, hidden, columns, gpus.H200, kept=True))
+    spans = -(-rows // 256)  # 300 MB hold 300 rows of pairs, two tiles of 128 each
+    assert moved == pytest.approx(12 * rows * columns + 2 * spans * 2 * hidden * columns, rel=0.05)
 
 
 def test_every_target_of_the_design_has_a_row_with_a_reason():

@@ -300,8 +300,9 @@ class TokenLoss(NamedTuple):
     """Tiles of `token_loss`: of the logits, and of the gradients of hidden states and head.
 
     A program of the forward folds `tiles_per_split` tiles of logits, each in `slices` of columns. `chunk` columns of
-    dl/dz exist at a time, or the exponentials of `kept_rows` rows. The gradient of the hidden states is cut into at
-    least `split_tiles` tiles, but no chunk into more than `splits`, no kept rows into more than `kept_splits`.
+    dl/dz exist at a time, or what is kept of `kept_rows` rows. The gradient of the hidden states is cut into at
+    least `split_tiles` tiles, but no chunk into more than `splits`, no kept rows into more than `kept_splits`. Pairs of
+    `pair_tiles` tiles of logits become dl/dz in one program.
     """
 
     logits: MatmulTile
@@ -314,6 +315,7 @@ class TokenLoss(NamedTuple):
     split_tiles: int
     splits: int
     kept_splits: int
+    pair_tiles: int
     merge_rows: int
     merge_splits: int
 
@@ -331,10 +333,10 @@ def token_loss(
     """Choose the tiles of `token_loss`.
 
     two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
-    descriptor can name the head; keeps: exponentials may be stored. A row of dl/dz takes 32 KB, or less beyond 16,384
-    rows, so that dl/dz takes at most half a gigabyte. A chunk of 16,384 columns spends 2 % of its time on reading and
-    writing the sums it adds to. Kept rows take at most KEPT_BYTES, or are those of one tile. With these slices no
-    supported compiler spills.
+    descriptor can name the head; keeps: what `token_loss_kept` keeps of logits may be stored. A row of dl/dz takes
+    32 KB, or less beyond 16,384 rows, so that dl/dz takes at most half a gigabyte. A chunk of 16,384 columns spends
+    2 % of its time on reading and writing the sums it adds to. Kept rows take at most KEPT_BYTES, or are those of one
+    tile. With these slices no supported compiler spills.
     """
     arch = tiles_of(arch)
     rows = 128 if num_rows > 64 else 64
@@ -346,13 +348,15 @@ def token_loss(
 
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
         grad_hidden = grad_head = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
-        logits = grad_hidden._replace(num_warps=4 if two_logits else 8)
+        logits = grad_hidden._replace(num_warps=4 if two_logits and not keeps else 8)
+        slices = 1 if two_logits else 4
     else:
         # tanh, sums over rows or a second tile of logits leave registers for only half the columns
         narrow = two_logits or long_epilogue or (keeps and (arch != 90 or rows == 64))
         columns = 64 if keeps and arch >= 100 else 128 if narrow else 256
         logits = tile(columns, arch >= 90 and aligned)
         grad_hidden, grad_head = tile(256, arch >= 90 and aligned), tile(256, arch >= 90)
+        slices = 2 if arch == 90 else 1
     row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
     # many more programs than multiprocessors, since the programs of rows that do not count have nothing to do, and
     # kept rows have only a part of them at a time
@@ -361,12 +365,12 @@ def token_loss(
     # a power of two, since kernels are compiled for each chunk and number of splits: five serve any number of rows
     chunk = 1 << (chunk.bit_length() - 1)
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
-    fitting = KEPT_BYTES // (dtype.itemsize * column_tiles * logits.columns * logits.rows)
+    fitting = KEPT_BYTES // ((1 + two_logits) * dtype.itemsize * column_tiles * logits.columns * logits.rows)
     kept_rows = logits.rows * max(1, min(fitting, row_tiles))
-    slices = 4 if dtype == torch.float32 else 2 if arch == 90 else 1
     splits, kept_splits = max(chunk // 1024, 1), max(vocabulary // 1024, 1)
-    sums = {"split_tiles": 256, "splits": splits, "kept_splits": kept_splits, "merge_rows": 32, "merge_splits": 32}
-    return TokenLoss(logits, grad_hidden, grad_head, slices, tiles_per_split, chunk, kept_rows, **sums)
+    parts = {"split_tiles": 256, "splits": splits, "kept_splits": kept_splits, "pair_tiles": 8}
+    parts |= {"merge_rows": 32, "merge_splits": 32}
+    return TokenLoss(logits, grad_hidden, grad_head, slices, tiles_per_split, chunk, kept_rows, **parts)
 
 
 class Gram(NamedTuple):

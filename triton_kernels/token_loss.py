@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import round_nearest
 from moe_unlearn.triton_kernels.grouped_matmul import column_slices
 from moe_unlearn.triton_kernels.token_loss_logits import (
     IGNORED,
@@ -45,6 +44,7 @@ from moe_unlearn.triton_kernels.token_loss_logits import (
     operand,
     place,
     select_rows,
+    store_tile,
 )
 
 HEADROOM = tl.constexpr(60.0)  # e^60 in 151,936 places, times a weight, is far from the end of float32 and bfloat16
@@ -60,9 +60,13 @@ class Results(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Exponentials of a tile's rows, [rows, V or more], and the logits `offset` [T] that they are relative to."""
+    """What a forward keeps of the logits of a span of rows, and the logits that it is relative to.
 
-    exponentials: Tensor
+    nll and uce: exponentials [span, V or more], offset [T]. kl: the pairs of `token_loss_pairs`, [2 span, V or more];
+    offset [2, tiles, span], the largest logits of each tile of columns and those of the reference, is computed too.
+    """
+
+    values: Tensor
     offset: Tensor
 
 
@@ -89,8 +93,8 @@ def token_loss(
     if len(hidden) == 0:
         return results
     loss = Loss(head, ref_head, labels, bias, weights, kind, scale, softcap)
-    # as where exponentials are kept, so that the losses have the same bits
-    config = choose_tiles(hidden, loss, dtype, keeps=kind != "kl")
+    # as where something is kept, so that the losses have the same bits
+    config = choose_tiles(hidden, loss, dtype, keeps=True)
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     partials = empty_partials(loss, config, len(hidden))
     fold(loss, rows, config, partials, 0)
@@ -119,7 +123,7 @@ def fold(
     kept: Kept | None = None,
     peaks: Tensor | None = None,
 ) -> None:
-    """Compute `partials` of as many rows as they have from `first` on, and exponentials to keep of the same rows.
+    """Compute `partials` of as many rows as they have from `first` on, and what is kept of the same rows.
 
     `peaks` [T], the rows' largest logits, makes it a repair: only tiles with a row whose largest logit exceeds its
     offset by more than HEADROOM are computed, and such a row's exponentials are then relative to its largest logit.
@@ -127,16 +131,16 @@ def fold(
     tile, (head, ref_head, labels, bias, _, _, scale, softcap) = config.logits, loss
     (vocabulary, width), (_, splits, num_rows), described = head.shape, partials.shape, tile.descriptors
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
-    exponentials, offset = (None, None) if kept is None else kept
+    values, offset = (None, None) if kept is None else kept
     block = [tile.rows, tile.columns // config.slices]
     _partials_kernel[(triton.cdiv(num_rows, tile.rows) * splits,)](
         operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
         operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
         bias, labels, rows.index, rows.count, partials,
-        operand(exponentials, block, described), offset, offset if peaks is None else peaks,
+        operand(values, block, described), offset, offset if peaks is None else peaks,
         len(rows.index), first, num_rows, splits, config.tiles_per_split, 0 if peaks is None else 1,
         rows.hidden.stride(0), *head.stride(), *(head if ref_head is None else ref_head).stride(),
-        0 if bias is None else bias.stride(0), labels.stride(0), 0 if exponentials is None else exponentials.stride(0),
+        0 if bias is None else bias.stride(0), labels.stride(0), 0 if values is None else values.stride(0),
         VOCABULARY=vocabulary, HIDDEN=width, SCALE=scale, SOFTCAP=softcap, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, SLICES=config.slices, DESCRIPTORS=described,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -184,17 +188,17 @@ def _fold_tile(
     z,
     label,
     base,
-    exponentials,
+    kept,
     row,
     column,
-    stride_exponentials,
+    stride_kept,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Compute (m, sums of exp(z - m), logits of labels) of a tile, m its maxima; store its exponentials, if kept."""
+    """Compute (m, sums of exp(z - m), logits of labels) of a tile, m its maxima; keep its exponentials, if asked to."""
     # m is kept finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
     m = tl.maximum(tl.max(z, 1), LOWEST)
     s = tl.zeros((ROWS,), tl.float32)
@@ -205,32 +209,51 @@ def _fold_tile(
         picked += tl.sum(tl.where(is_label(label, start, COLUMNS // SLICES), slices[i], 0.0), 1)
         e = tl.exp(slices[i] - m[:, None])
         s += tl.sum(e, 1)
-        if exponentials is not None:
-            e *= tl.exp(tl.minimum(m - base, HEADROOM))[:, None]
+        if kept is not None:
+            e *= tl.exp(m - base)[:, None]  # overflows only where the repair computes the tile again
             if SOFTCAP is not None:
                 e *= cap_slope(slices[i], SOFTCAP)
-            if DESCRIPTORS:
-                exponentials.store([row, start], round_nearest(e, exponentials.dtype))
-            else:
-                out = exponentials + (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * stride_exponentials
-                out += (start + tl.arange(0, COLUMNS // SLICES))[None, :]
-                tl.store(out, round_nearest(e, exponentials.dtype.element_ty))
+            store_tile(kept, e, row, start, stride_kept, DESCRIPTORS)
     return m, s, picked
+
+
+@triton.jit
+def _fold_pairs(
+    z, z_ref, m, ref_m, kept, row, column, span, stride_kept, SLICES: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """Compute (s, s_ref, c) of a tile with maxima m and ref_m, as the docstring has them; store its pairs, if kept."""
+    s = tl.zeros((z.shape[0],), tl.float32)
+    ref_s, cross = s, s
+    slices, ref_slices = column_slices(z, SLICES), column_slices(z_ref, SLICES)
+    for i in tl.static_range(SLICES):
+        below, ref_below = slices[i] - m[:, None], ref_slices[i] - ref_m[:, None]
+        s += tl.sum(tl.exp(below), 1)
+        q = tl.exp(ref_below)
+        ref_s += tl.sum(q, 1)
+        difference = below - ref_below
+        if kept is not None:  # also where both are -infinity, whose exponentials add nothing in any case
+            difference = tl.where(below == ref_below, 0.0, difference)
+        cross -= tl.sum(tl.where(q == 0, 0.0, q * difference), 1)
+        if kept is not None:
+            start = column + i * (z.shape[1] // SLICES)
+            store_tile(kept, difference, span + row, start, stride_kept, DESCRIPTORS)
+            store_tile(kept, tl.maximum(below, ref_below), row, start, stride_kept, DESCRIPTORS)
+    return s, ref_s, cross
 
 
 @triton.jit(do_not_specialize=["num_rows", "first", "span", "splits", "tiles_per_split", "repairs"])
 def _partials_kernel(
-    hidden, ref_hidden, head, ref_head, bias, labels, index, count, partials, exponentials, offsets, peaks,
+    hidden, ref_hidden, head, ref_head, bias, labels, index, count, partials, kept, offsets, peaks,
     num_rows, first, span, splits, tiles_per_split, repairs,
     stride_hidden_row, stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
-    stride_label, stride_exponentials,
+    stride_label, stride_kept,
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Compute partials [3 or 5, splits, span] of one tile of rows and one split, and exponentials [span, V] to keep.
+    """Compute partials [3 or 5, splits, span] of one tile of rows and one split, and what `Kept` says.
 
-    Kept are exp(z - base) times dz / d(z before its soft cap), at labels too, until `_clear_kernel` has run.
+    Exponentials are exp(z - base) times dz / d(z before its soft cap), at labels too, until `_clear_kernel` has run.
     """
     counted = tl.minimum(tl.load(count) - first, span)
     row_tile, split = place(tl.program_id(0), tl.cdiv(counted, ROWS), splits, GROUP)
@@ -241,7 +264,7 @@ def _partials_kernel(
     token = tl.load(index + first + row, mask=live, other=0).to(tl.int64)
     label = in_vocabulary(tl.load(labels + token * stride_label), VOCABULARY)
     base = tl.zeros((ROWS,), tl.float32)
-    if exponentials is not None:
+    if kept is not None and ref_hidden is None:
         offset = tl.load(offsets + token, mask=live, other=0.0)
         base = base_of(offset, tl.load(peaks + token, mask=live, other=0.0))
         if (repairs != 0) & (tl.max((base > offset).to(tl.int32), 0) == 0):
@@ -259,28 +282,19 @@ def _partials_kernel(
         )  # fmt: skip
         if ref_hidden is None:
             tile_m, tile_s, tile_picked = _fold_tile(
-                z,
-                label,
-                base,
-                exponentials,
-                row_tile * ROWS,
-                column,
-                stride_exponentials,
-                SOFTCAP,
-                ROWS,
-                COLUMNS,
-                SLICES,
-                DESCRIPTORS,
+                z, label, base, kept, row_tile * ROWS, column, stride_kept, SOFTCAP, ROWS, COLUMNS, SLICES, DESCRIPTORS
             )
             picked += tile_picked
             m, s, _ = _fold(m, s, tile_m, tile_s)
         else:
             tile_m, tile_ref_m = tl.maximum(tl.max(z, 1), LOWEST), tl.maximum(tl.max(z_ref, 1), LOWEST)
-            z, z_ref = z - tile_m[:, None], z_ref - tile_ref_m[:, None]
-            tile_s = tl.sum(tl.exp(z), 1)
-            q = tl.exp(z_ref)
-            tile_ref_s = tl.sum(q, 1)
-            tile_cross = tl.sum(tl.where(q == 0, 0.0, q * (z_ref - z)), 1)
+            if kept is not None:
+                largest = offsets + tile * span.to(tl.int64) + row
+                tl.store(largest, tile_m, mask=live)
+                tl.store(largest + tl.cdiv(VOCABULARY, COLUMNS) * span.to(tl.int64), tile_ref_m, mask=live)
+            tile_s, tile_ref_s, tile_cross = _fold_pairs(
+                z, z_ref, tile_m, tile_ref_m, kept, row_tile * ROWS, column, span, stride_kept, SLICES, DESCRIPTORS
+            )
             old_ref_s = ref_s
             m, s, old = _fold(m, s, tile_m, tile_s)
             ref_m, ref_s, ref_old = _fold(ref_m, ref_s, tile_ref_m, tile_ref_s)

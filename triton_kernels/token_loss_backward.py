@@ -19,8 +19,8 @@ chunk of `configs.token_loss(...).chunk` columns:
 from, or zeros.
 
 With T' rows that count there are, the forward's included, 2 matrix products of 2 T' V H with a frozen head and 4 with a
-trained one. kl and float16 keep nothing and need 3 and 4, kl 2 more for the reference. Writing dl/dz in bfloat16 once
-costs the same rounding as any 16-bit backward and saves a trained head another recomputation.
+trained one; kl has 1 and 2 more for the reference. float16 keeps nothing and needs 3 and 4, kl 5 and 6. dl/dz in
+bfloat16 costs the same rounding as any 16-bit backward, and written once it saves a trained head a recomputation.
 
 Workspace for T = 8192, H = 2048 in bfloat16: dl/dz 256 MB, sums 64 MB, rows 32 MB (64 for kl), for any V. The results
 are deterministic: no atomics, fixed orders; splits follow from the number of rows that count, not from the device.

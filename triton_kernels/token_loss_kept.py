@@ -1,4 +1,6 @@
-"""token_loss, forward with the gradient of the hidden states: two matrix products of 2 T' V H in all.
+"""token_loss, forward with the gradient of the hidden states: one matrix product of 2 T' V H more than the logits.
+
+That makes two products in all, and three for kl.
 
 dl/dz of nll is p - onehot(y), and so is that of uce up to a factor of the row. The gradient dl/dh of each row's nll,
 `direction`, is therefore known in the forward, and the backward only multiplies it by the row's upstream gradient. With
@@ -22,10 +24,20 @@ computed from the loss in float32. The rows that count are taken `configs.token_
 
 Since z_y <= m <= z_y + nll, only rows whose loss exceeds HEADROOM are computed again. An exponential is rounded once,
 as dl/dz is in `token_loss_backward`, and relative to its size, whatever b is: bfloat16 and float32 hold e^-87 to e^88.
-float16 does not; and in kl p - q cancels, so that p and q would need more than 16 bits each. Both keep nothing.
+float16 does not, and keeps nothing.
 
-Workspace for T = 8192, H = 2048 and V = 151,936 in bfloat16: exponentials 297 MB, gathered rows 32 MB, sums 32 MB,
-partials 4 MB. `direction` takes 64 MB until the backward.
+dl/dz of kl is p - q, which cancels, so that p and q would need more than 16 bits each. kl keeps pairs of logits
+(`token_loss_pairs`), and half as many rows at a time:
+
+    _partials_kernel       writes the pairs, and what they are relative to
+    _merge_kernel          as in `token_loss`
+    _subtract_kernel       makes dl/dz of the pairs, in place
+    _hidden_sums_kernel    as above
+    _direction_kernel      the sums times scale, or zeros
+
+Workspace for T = 8192, H = 2048 and V = 151,936 in bfloat16: exponentials or pairs 297 MB, gathered rows 32 MB (64 for
+kl), sums 32 MB, partials 4 MB (8 for kl, with the largest logits of each tile). `direction` takes 64 MB until the
+backward.
 """
 
 from typing import Any
@@ -35,6 +47,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import widen
 from moe_unlearn.triton_kernels.token_loss import (
     Kept,
@@ -57,6 +70,7 @@ from moe_unlearn.triton_kernels.token_loss_logits import (
     multiplied_dtype,
     select_rows,
 )
+from moe_unlearn.triton_kernels.token_loss_pairs import empty_pairs, subtract
 
 
 def room(operands: Any, kind: str, keep: bool, keep_head: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,8 +91,8 @@ def token_loss_kept(
     labels: Tensor,
     bias: Tensor | None,
     weights: Tensor | None,
-    ref_hidden: None,
-    ref_head: None,
+    ref_hidden: Tensor | None,
+    ref_head: Tensor | None,
     kind: str,
     scale: float,
     softcap: float | None,
@@ -90,30 +104,32 @@ def token_loss_kept(
     """Compute the results of `token_loss`, then what `room` allocates; the direction is 0 in rows that do not count."""
     direction, *others = _room(hidden)
     num_rows, width = direction.shape
-    dtype, results = multiplied_dtype(hidden, head, None, None), empty_results(hidden)
+    dtype, results = multiplied_dtype(hidden, head, ref_hidden, ref_head), empty_results(hidden)
     if num_rows == 0:
         return *results, direction, *others
-    loss = Loss(head, None, labels, bias, weights, kind, scale, softcap)
+    loss = Loss(head, ref_head, labels, bias, weights, kind, scale, softcap)
     config = choose_tiles(hidden, loss, dtype, keeps=True)
-    rows = select_rows(hidden, None, labels, weights if drop_zero_weights else None, dtype)
-    span, columns = config.kept_rows, config.logits.columns
-    partials = empty_partials(loss, config, span)
-    exponentials = torch.empty(span, triton.cdiv(len(head), columns) * columns, dtype=dtype, device=hidden.device)
-    kept = Kept(exponentials, _label_logits(loss, rows))
-    sums = empty_sums(hidden, config, span, config.kept_splits)
+    rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
+    span = config.kept_rows
+    partials, sums = empty_partials(loss, config, span), empty_sums(hidden, config, span, config.kept_splits)
+    kept = empty_pairs(loss, config, dtype) if kind == "kl" else _empty_exponentials(loss, rows, config)
+    gradient = kept.values[:span].view(dtype)
     for first in range(0, num_rows, span):
         fold(loss, rows, config, partials, first, kept)
         merge(loss, rows, config, partials, first, results)
-        fold(loss, rows, config, partials, first, kept, peaks=results.norm[0])
-        _launch_clear(loss, rows, exponentials, first)
-        add_hidden_sums(exponentials, head, rows, sums, config, config.kept_splits, 0, len(head), first)
+        if kind == "kl":
+            subtract(loss, rows, config, kept, results, gradient, first)
+        else:
+            fold(loss, rows, config, partials, first, kept, peaks=results.norm[0])
+            _launch_clear(loss, rows, gradient, first)
+        add_hidden_sums(gradient, head, rows, sums, config, config.kept_splits, 0, len(head), first)
         _direction_kernel[(triton.cdiv(num_rows, 16),)](
             sums,
             rows.slot,
             rows.count,
             labels,
             head,
-            kept.offset,
+            None if kind == "kl" else kept.offset,
             results.value,
             results.norm,
             direction,
@@ -136,6 +152,13 @@ def token_loss_kept(
             num_warps=4,
         )
     return *results, direction, *others
+
+
+def _empty_exponentials(loss: Loss, rows: Rows, config: configs.TokenLoss) -> Kept:
+    """Allocate exponentials of a span of rows, whole tiles of columns wide, and compute what they are relative to."""
+    width = triton.cdiv(len(loss.head), config.logits.columns) * config.logits.columns
+    values = torch.empty(config.kept_rows, width, dtype=rows.hidden.dtype, device=loss.head.device)
+    return Kept(values, _label_logits(loss, rows))
 
 
 def _launch_clear(loss: Loss, rows: Rows, exponentials: Tensor, first: int) -> None:
@@ -271,7 +294,7 @@ def _direction_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Compute dl/dh of nll for those of a block of rows that sums are of; zeros in rows that do not count."""
+    """Compute dl/dh of nll or kl for those of a block of rows that sums are of; zeros in rows that do not count."""
     counted = tl.maximum(tl.minimum(tl.load(count) - first, span), 1)
     row_tiles, splits = strips(counted, WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -279,27 +302,31 @@ def _direction_kernel(
     inside = (row < num_rows) & in_turn(slot, first, span)
     live = inside & (slot >= 0)
     token = row.to(tl.int64)
-    label = in_vocabulary(tl.load(labels + token * stride_label, mask=live, other=-1), VOCABULARY).to(tl.int64)
-    peak = tl.load(norm + token, mask=live, other=0.0)
-    total = tl.load(norm + num_rows + token, mask=live, other=1.0)
-    z = tl.load(offset + token, mask=live, other=0.0)
-    scale = tl.exp(base_of(z, peak) - peak) * tl.div_rn(1.0, total) * SCALE
-    loss = tl.load(value + token, mask=live, other=0.0)
-    if KIND == "uce":
-        at_label = -1 - 2 * expm1(-loss)
-    else:
-        at_label = tl.where(loss > 16, -1.0, expm1(-loss))
-    at_label *= SCALE
-    if SOFTCAP is not None:
-        at_label *= cap_slope(z, SOFTCAP)
+    scale = tl.full((ROWS,), SCALE, tl.float32)
+    if KIND != "kl":
+        label = in_vocabulary(tl.load(labels + token * stride_label, mask=live, other=-1), VOCABULARY).to(tl.int64)
+        peak = tl.load(norm + token, mask=live, other=0.0)
+        total = tl.load(norm + num_rows + token, mask=live, other=1.0)
+        z = tl.load(offset + token, mask=live, other=0.0)
+        scale = tl.exp(base_of(z, peak) - peak) * tl.div_rn(1.0, total) * SCALE
+        loss = tl.load(value + token, mask=live, other=0.0)
+        if KIND == "uce":
+            at_label = -1 - 2 * expm1(-loss)
+        else:
+            at_label = tl.where(loss > 16, -1.0, expm1(-loss))
+        at_label *= SCALE
+        if SOFTCAP is not None:
+            at_label *= cap_slope(z, SOFTCAP)
     local = (slot - first).to(tl.int64)
     for start in range(0, HIDDEN, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         within = (column < HIDDEN)[None, :]
         mask = live[:, None] & within
         d = sum_of_splits(sums, local, column, row_tiles, splits, mask, HIDDEN, TILE_ROWS, ROWS, COLUMNS)
-        at = label[:, None] * stride_head_row + column.to(tl.int64)[None, :] * stride_head_column
-        w = widen(tl.load(head + at, mask=(label >= 0)[:, None] & within, other=0.0))
-        d = d * scale[:, None] + w * at_label[:, None]
+        d *= scale[:, None]
+        if KIND != "kl":
+            at = label[:, None] * stride_head_row + column.to(tl.int64)[None, :] * stride_head_column
+            w = widen(tl.load(head + at, mask=(label >= 0)[:, None] & within, other=0.0))
+            d += w * at_label[:, None]
         out = direction + token[:, None] * HIDDEN + column[None, :]
         tl.store(out, tl.where(live[:, None], d, 0.0), mask=inside[:, None] & within)

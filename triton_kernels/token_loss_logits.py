@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import dot
+from moe_unlearn.triton_kernels.common import dot, round_nearest
 
 IGNORED = tl.constexpr(-100)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -203,6 +203,17 @@ def load_tile(
         pointers = source + r[:, None].to(tl.int64) * stride_row + c[None, :].to(tl.int64) * stride_column
         tile = tl.load(pointers, mask=(r < num_rows)[:, None] & (c < num_columns)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def store_tile(out, value, row, column, stride_row, DESCRIPTOR: tl.constexpr):
+    """Round a tile and store it from out[row, column] on; out: descriptor or pointer, with room for all of it."""
+    if DESCRIPTOR:
+        out.store([row, column], round_nearest(value, out.dtype))
+    else:
+        r, c = row + tl.arange(0, value.shape[0]), column + tl.arange(0, value.shape[1])
+        pointers = out + r[:, None].to(tl.int64) * stride_row + c[None, :]
+        tl.store(pointers, round_nearest(value, out.dtype.element_ty))
 
 
 @triton.jit

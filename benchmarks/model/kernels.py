@@ -211,7 +211,6 @@ def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kern
     """Return the launches of `token_loss`, nll with a frozen head, forward and backward; no row is computed again."""
     h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
     logits = compiled(gpu, "token_loss/_partials_kernel/nll, kept, qwen3", persistent=False, loads=3)
-    into_hidden = compiled(gpu, _HIDDEN_SUMS, persistent=False, loads=1)
     arch = configs.tiles_of(int(gpu.architecture.removeprefix("sm_")))
     config = configs.token_loss(tokens, vocabulary, torch.bfloat16, arch, False, False, True, True)
     found: list[Kernel] = [
@@ -219,22 +218,74 @@ def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kern
         Stream("gather", 2 * h, loads=2),
         Stream("logits of labels", 2 * h, loads=3),
     ]
-    for first in range(0, tokens, config.kept_rows):
-        rows = min(config.kept_rows, tokens - first)
+    for rows in _spans(tokens, config.kept_rows):
         exponentials, part = 2.0 * rows * vocabulary, h * rows / tokens
-        tiles = math.ceil(rows / into_hidden.rows) * math.ceil(hidden / into_hidden.columns)
-        splits = max(1, config.split_tiles // tiles)
-        sums, once = 4.0 * splits * rows * hidden, Problem(rows, hidden, vocabulary // splits, splits)
+        sums, moved = _hidden_sums(gpu, config, rows, hidden, vocabulary)
         found += [
             # exponentials once for the sum; a row's factor and the rounding are no special functions
             Product("logits", logits, [Problem(rows, vocabulary, hidden)], 2, part + head + exponentials, special=1),
             Stream("merge", 12.0 * rows * math.ceil(vocabulary / logits.columns), loads=4),
             Stream("nothing again", 0.0, loads=4),
             Stream("clear", 14.0 * rows, loads=3),
-            Product("sums", into_hidden, [once], 4, exponentials + head + sums),
-            Stream("direction", sums + 8.0 * rows * hidden, loads=4),
+            sums,
+            Stream("direction", moved + 8.0 * rows * hidden, loads=4),
         ]
     return [*found, Stream("scale", 3 * h, loads=3)]
+
+
+def token_loss_kl(tokens: int, hidden: int, vocabulary: int, gpu: Gpu, *, kept: bool) -> list[Kernel]:
+    """Return the launches of `token_loss`, kl with one frozen head for both, forward and backward.
+
+    kept: the forward keeps two numbers of 16 bits for each pair of logits; else the backward computes both again. A
+    tile's two products count as one that is twice as deep, which reads the head's tile twice from L2.
+    """
+    h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
+    arch = configs.tiles_of(int(gpu.architecture.removeprefix("sm_")))
+    config = configs.token_loss(tokens, vocabulary, torch.bfloat16, arch, True, False, True, kept)
+    entry = f"token_loss/_partials_kernel/kl, {'kept, ' if kept else ''}qwen3"
+    logits = compiled(gpu, entry, persistent=False, loads=2)
+    select, gather = Stream("select", 12.0 * tokens, loads=3), Stream("gather", 2 * h, loads=2)
+
+    def both(name: str, tile: Tile, rows: int, columns: int, stored: int, special: int) -> Kernel:
+        moved = 2 * h * rows / tokens + head * columns / vocabulary + stored * rows * columns
+        return Product(name, tile, [Problem(rows, columns, 2 * hidden)], stored, moved, special=special)
+
+    def merge(rows: int) -> Kernel:
+        return Stream("merge", 20.0 * rows * math.ceil(vocabulary / (logits.columns * config.tiles_per_split)), loads=4)
+
+    if kept:
+        found: list[Kernel] = [select, gather, gather]
+        for rows in _spans(tokens, config.kept_rows):
+            sums, moved = _hidden_sums(gpu, config, rows, hidden, vocabulary)
+            found += [
+                both("logits", logits, rows, vocabulary, 4, 2),
+                merge(rows),
+                Stream("difference", 6.0 * rows * vocabulary, loads=3),
+                sums,
+                Stream("direction", moved + 8.0 * rows * hidden, loads=4),
+            ]
+        return [*found, Stream("scale", 3 * h, loads=3)]
+    again = compiled(gpu, "token_loss_backward/_dlogits_kernel/token_loss: kl, qwen3", persistent=False, loads=3)
+    found = [select, gather, gather, both("logits", logits, tokens, vocabulary, 0, 2), merge(tokens)]
+    found += [select, gather, gather]
+    for columns in _spans(vocabulary, config.chunk):
+        sums, moved = _hidden_sums(gpu, config, tokens, hidden, columns)
+        found += [both("logits again", again, tokens, columns, 2, 2), sums, Stream("sums before", moved)]
+    return [*found, Stream("scatter", 3 * h, loads=3)]
+
+
+def _spans(whole: int, most: int) -> list[int]:
+    """Return the lengths of the parts that something is cut into, `most` and a rest."""
+    return [min(most, whole - first) for first in range(0, whole, most)]
+
+
+def _hidden_sums(gpu: Gpu, config: configs.TokenLoss, rows: int, hidden: int, columns: int) -> tuple[Kernel, float]:
+    """Return the product of dl/dz [rows, columns] and a part of the head, and the bytes of its float32 sums."""
+    tile = compiled(gpu, _HIDDEN_SUMS, persistent=False, loads=1)
+    splits = max(1, config.split_tiles // (math.ceil(rows / tile.rows) * math.ceil(hidden / tile.columns)))
+    sums = 4.0 * splits * rows * hidden
+    once = Problem(rows, hidden, columns // splits, splits)
+    return Product("sums", tile, [once], 4, 2.0 * columns * (rows + hidden) + sums), sums
 
 
 def flops(kernels: Sequence[Kernel]) -> float:

@@ -22,14 +22,14 @@ Worked example: for labels [5, -100, 2, 7] and weights [1, 3, 0, 2] only rows 0 
 The other rows go in tiles of rows x vocabulary, whose logits and temporaries fit a workspace of 32 MiB. Logits and
 softmax are float32, or float64 if an input is. The forward keeps a few numbers per row; the backward recomputes each
 tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once. Kernels may compute
-dl/dh in the forward, which knows all but a factor of each row: they multiply a frozen head by one matrix less.
-Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so that a confident token keeps its
-small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
-`ce` and `logit_margin` have no kernels of their own: the tiles of `ref` compute them on every device. The op is
-deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's
-logit lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's
-logit margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by
-2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
+dl/dh in the forward, which knows all but a factor of each row: in Triton a frozen head takes two products of rows and
+head, a trained one four; for kl three and six. Precision: the normaliser is kept as the pair (max z, sum exp(z - max
+z)), so that a confident token keeps its small loss and large logits lose nothing; kl of a row to itself is exactly 0,
+and q = 0 adds exactly 0. `ce` and `logit_margin` have no kernels of their own: `ref` computes them on every device. The
+op is deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's logit
+lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's logit
+margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by 2 was
+read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
 from typing import Any, NamedTuple, NoReturn
@@ -251,7 +251,7 @@ def kept_part(hidden: Tensor, head: Tensor, impl: str, kind: str, keep: bool, ke
     if kind in TILED_KINDS or not (keep or keep_head):
         return ""
     chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype)
-    able = chosen != "triton" or (keep and kind != "kl" and not hidden.dtype == head.dtype == torch.float16)
+    able = chosen != "triton" or (keep and not hidden.dtype == head.dtype == torch.float16)
     return _KEPT if able and backend.has(_KEPT, chosen, hidden.device.type) else ""
 
 

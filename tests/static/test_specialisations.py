@@ -29,6 +29,7 @@ def losses(tokens):
     token_loss._both("kl", (50_304, 256), tokens)
     token_loss._both("uce", (1_000, 256), tokens)
     token_loss._both("nll", (50_304, 256), tokens, keeps=True)
+    token_loss._both("kl", (50_304, 256), tokens, keeps=True)
 
 LAUNCHES = {
     "token_loss": losses,

@@ -6,6 +6,7 @@ The criterion is applied to it wherever hidden states need a gradient: in tests/
 import pytest
 import torch
 
+from moe_unlearn.ops.token_loss import KINDS
 from moe_unlearn.triton_kernels import token_loss_backward, token_loss_kept
 from moe_unlearn.triton_kernels.token_loss import HEADROOM
 from tests.ops.token_loss.cases import BF16, F16, F32, GRADIENTS, HEAD_OPTIONS, check, inputs_of, loss_and_gradients
@@ -29,9 +30,9 @@ def loss_of(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind", ["nll", "uce"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_backward_multiplies_only_by_the_upstream_gradient(monkeypatch, kind):
-    """No logit is computed in it, for any kind that is kept."""
+    """No logit is computed in it."""
     loss, leaf = loss_of(inputs_of(TRITON, kind, BF16))
 
     def refused(*_):
@@ -43,8 +44,8 @@ def test_the_backward_multiplies_only_by_the_upstream_gradient(monkeypatch, kind
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind, dtype, kept", [("kl", BF16, False), ("nll", F16, False), ("uce", F32, True)], ids=str)
-def test_kl_and_float16_keep_nothing(monkeypatch, kind, dtype, kept):
+@pytest.mark.parametrize("kind, dtype, kept", [("kl", F16, False), ("nll", F16, False), ("uce", F32, True)], ids=str)
+def test_float16_keeps_nothing(monkeypatch, kind, dtype, kept):
     calls, original = [], token_loss_kept.fold
     monkeypatch.setattr(token_loss_kept, "fold", lambda *a, **k: calls.append(a) or original(*a, **k))
     loss_of(inputs_of(TRITON, kind, dtype))
@@ -120,3 +121,55 @@ def test_a_confident_row_keeps_a_gradient_as_exact_as_any(kind):
     likely = loss < 0.2 if kind == "nll" else loss > 0.6  # uce is log 2 where nll is 0
     assert likely[sure].float().mean() > 0.9
     check(TRITON, inputs, gradients=HIDDEN)
+
+
+def close(dtype) -> dict:
+    """Return inputs of kl whose reference is one bit of one number of each row away."""
+    inputs = inputs_of(TRITON, "kl", dtype, weights=False)
+    near = inputs["hidden_states"].clone()
+    near[:, 3] = torch.nextafter(near[:, 3], torch.full_like(near[:, 3], torch.inf))
+    return inputs | {"ref_hidden_states": near}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("options", [{}, *HEAD_OPTIONS[1:]], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.slow(but=2)
+def test_where_model_and_reference_are_close_the_gradient_of_kl_is_as_exact_as_any(monkeypatch, arch, options):
+    """p and q agree to three digits: either of them in 16 bits would leave nothing of p - q."""
+    tiles.token_loss(monkeypatch, arch)
+    inputs = close(BF16) | options
+    assert token_loss(**inputs, impl="triton").max() < 1e-3
+    check(TRITON, inputs, gradients=HIDDEN)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype, factor", [(BF16, 50), (F32, 50), (BF16, 1e5)], ids=str)
+def test_where_they_are_far_apart_too(dtype, factor):
+    """The largest logit of the model is the least of the reference: of a pair p, q or both are mostly 0.
+
+    Differences of logits of 100,000 are infinite in float16.
+    """
+    inputs = inputs_of(TRITON, "kl", dtype, weights=False)
+    inputs |= {name: by * inputs[name] for name, by in (("hidden_states", factor), ("ref_hidden_states", -factor))}
+    loss = token_loss(**inputs, impl="triton")
+    assert loss[inputs["labels"] >= 0].median() > 50
+    check(TRITON, inputs, gradients=HIDDEN)
+
+
+@pytest.mark.quick
+def test_entries_that_the_reference_rules_out_add_p_alone():
+    """q is 0 by a logit of -infinity: in a whole tile, in parts of others, and never in the model."""
+    inputs = inputs_of(TRITON, "kl", BF16, weights=False)
+    inputs["ref_hidden_states"][:, 0] = 1
+    ruled_out = inputs["lm_head"].clone()
+    ruled_out[20:64, 0] = -torch.inf
+    inputs["ref_lm_head"] = ruled_out
+    loss, (grad,) = loss_and_gradients(TRITON, inputs, HIDDEN)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    check(TRITON, inputs, gradients=HIDDEN)
+
+
+def test_kl_has_the_same_bits_without_a_gradient():
+    inputs = inputs_of(TRITON, "kl", BF16)
+    assert torch.equal(loss_of(inputs)[0].detach(), token_loss(**inputs, impl="triton"))

@@ -40,6 +40,7 @@ def token_loss(patch: pytest.MonkeyPatch, arch: int = 90) -> None:
             splits=2,
             kept_rows=32,
             kept_splits=2,
+            pair_tiles=2,
             merge_rows=16,
             merge_splits=2,
         )

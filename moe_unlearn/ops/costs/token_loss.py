@@ -95,7 +95,7 @@ def _forward_space(
     if impl == "triton":
         kept = kept_part(hidden, head, impl, kind, keep, False)
         gathered = sides * len(labels) * width * hidden.itemsize
-        return gathered + bool(kept) * _kept_space(hidden, head, bias, softcap)
+        return gathered + bool(kept) * _kept_space(hidden, head, sides, long=softcap is not None or bias is not None)
     if impl == "ref":
         return _tiled_space(rows, vocabulary, width, sides)
     tile, dense = native.token_loss_tiles(), not _pairs(hidden, head)
@@ -105,23 +105,24 @@ def _forward_space(
     return 4 * tasks * (keys + sides * tile.entries * tile.tokens) + 8 * rows
 
 
-def _kept_space(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None) -> int:
-    """Return the bytes that Triton's kernels take to keep dl/dh beside the gathered rows.
+def _kept_space(hidden: Tensor, head: Tensor, sides: int, *, long: bool) -> int:
+    """Return the bytes that Triton's kernels take to keep dl/dh beside the gathered rows; long: a softcap or a bias.
 
-    They are exponentials of some rows, sums of their products, and three numbers of each split of the vocabulary.
+    They are exponentials of some rows, or for kl pairs and the two largest logits of each tile; sums of their products;
+    and three numbers of each split of the vocabulary, for kl five.
     """
     (tokens, width), vocabulary = hidden.shape, len(head)
     dtype = hidden.dtype if hidden.dtype == head.dtype else torch.float32
-    long = softcap is not None or bias is not None
     # as on sm_90, whose tiles take about as much as the others'
-    tiles = configs.token_loss(tokens, vocabulary, dtype, 90, False, long, True, True)
+    tiles = configs.token_loss(tokens, vocabulary, dtype, 90, sides == 2, long, True, True)
     columns = -(-vocabulary // tiles.logits.columns)
     splits = -(-columns // tiles.tiles_per_split)
-    exponentials = dtype.itemsize * columns * tiles.logits.columns
+    row = sides * dtype.itemsize * columns * tiles.logits.columns + (12 if sides == 1 else 20) * splits
+    row += 0 if sides == 1 else 8 * columns
     sums = tiles.grad_hidden
     parts = -(-tiles.kept_rows // sums.rows) * -(-width // sums.columns)
     parts = max(parts, min(parts * tiles.kept_splits, tiles.split_tiles))
-    space: int = tiles.kept_rows * (exponentials + 12 * splits) + 4 * parts * sums.rows * sums.columns
+    space: int = tiles.kept_rows * row + 4 * parts * sums.rows * sums.columns
     return space
 
 

@@ -60,6 +60,11 @@ CASES = {
     "nll, kept, few rows": lambda: _both("nll", OLMOE, tokens=64, keeps=True),
     "nll, kept, head transposed": lambda: _both("nll", OLMOE, other_head="transposed", keeps=True),
     "nll, kept, fp32": lambda: _both("nll", OLMOE, tokens=2048, dtype=torch.float32, keeps=True),
+    "kl, kept, qwen3": lambda: _both("kl", keeps=True),
+    "kl, kept, head of its own and softcap": lambda: _both(
+        "kl", other_head="of the reference", keeps=True, scale_and_softcap=(0.5, 30.0)
+    ),
+    "kl, kept, fp32": lambda: _both("kl", OLMOE, tokens=2048, dtype=torch.float32, keeps=True),
     "nll, fp16": lambda: _both("nll", OLMOE, dtype=torch.float16, trained_head=True),
     "nll, fp32": lambda: _both("nll", OLMOE, tokens=2048, dtype=torch.float32, trained_head=True),
     "kl, fp32": lambda: _both("kl", OLMOE, tokens=2048, dtype=torch.float32),
