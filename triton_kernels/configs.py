@@ -396,8 +396,5 @@ class GramFactors(NamedTuple):
 
 
 def gram_factors(sets: int) -> GramFactors:
-    """Choose blocks of 32 rows, which waste little on experts with few rows.
-
-    A float64 tile of 32 x 32 for each pair of sets takes 16 registers.
-    """
+    """Choose blocks of 32 rows, which waste little on experts with few; a tile of a pair of sets takes 16 registers."""
     return GramFactors(32, 32, 4, 3, 1024)
