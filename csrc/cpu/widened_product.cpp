@@ -42,14 +42,28 @@ class Prefetch {
   int64_t stride_ = 0, bytes_ = 0, rest_ = 0, share_ = 0, done_ = 0;
 };
 
+/// Where the sums of a tile lie between two blocks of terms, if they have `begun`, and where they go after the last: to
+/// `rounded`, in bfloat16, if that is not null. Strides are counted in elements.
+struct Sums {
+  float* at;
+  int64_t stride;
+  bool begun;
+  Bits16* rounded = nullptr;
+  int64_t rounded_stride = 0;
+
+  Sums from_column(int64_t first) const {
+    return {at + first, stride, begun, rounded == nullptr ? nullptr : rounded + first, rounded_stride};
+  }
+};
+
 #if defined(__x86_64__)
 
 /// What multiplies a tile of some number of rows and vectors (widened_tile.h).
-using Tile = void (*)(float*, int64_t, const float*, const float*, int64_t, bool, Prefetch&);
+using Tile = void (*)(const Sums&, const float*, const float*, int64_t, Prefetch&);
 
 namespace avx512 {
 
-#define MOE_UNLEARN_TILE __attribute__((target("avx512f")))
+#define MOE_UNLEARN_TILE __attribute__((target("avx512f,avx512bw")))
 using Vector = __m512;
 constexpr int width = 16, tile_rows = 14;
 MOE_UNLEARN_TILE inline Vector zero() { return _mm512_setzero_ps(); }
@@ -57,6 +71,24 @@ MOE_UNLEARN_TILE inline Vector broadcast(float x) { return _mm512_set1_ps(x); }
 MOE_UNLEARN_TILE inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 MOE_UNLEARN_TILE inline void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
 MOE_UNLEARN_TILE inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+/// The bits of x, of which the upper 16 are those of x in bfloat16; of NaNs too where there may be some.
+MOE_UNLEARN_TILE inline __m512i round_bits(Vector x, bool nans) {
+  const __m512i bits = _mm512_castps_si512(x), down = _mm512_set1_epi32(0x7FFF), up = _mm512_set1_epi32(0x8000);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_mask_blend_epi32(odd, down, up));
+  if (__builtin_expect(!nans, 1)) return sum;
+  return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+}
+
+MOE_UNLEARN_TILE inline void store_rounded(Bits16* to, Vector a, Vector b) {
+  alignas(64) static constexpr uint16_t upper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                   33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const bool nans = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0;
+  const __m512i x = round_bits(a, nans), y = round_bits(b, nans);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, _mm512_load_si512(upper), y));
+}
+
 #include "cpu/widened_tile.h"
 #undef MOE_UNLEARN_TILE
 
@@ -72,6 +104,20 @@ MOE_UNLEARN_TILE inline Vector broadcast(float x) { return _mm256_set1_ps(x); }
 MOE_UNLEARN_TILE inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 MOE_UNLEARN_TILE inline void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 MOE_UNLEARN_TILE inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+/// x in bfloat16, as integers of 32 bits.
+MOE_UNLEARN_TILE inline __m256i round_bits(Vector x) {
+  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7FC00000), nan), 16);
+}
+
+MOE_UNLEARN_TILE inline void store_rounded(Bits16* to, Vector a, Vector b) {
+  const __m256i lanes = _mm256_packus_epi32(round_bits(a), round_bits(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(lanes, 0xD8));
+}
+
 #include "cpu/widened_tile.h"
 #undef MOE_UNLEARN_TILE
 
@@ -82,17 +128,17 @@ int64_t tile_rows() {
 }
 
 void multiply_tile(
-    float* c, int64_t c_stride, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
-    bool accumulate, Prefetch& ahead) {
+    const Sums& to, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
+    Prefetch& ahead) {
   const auto tile = instruction_set() == InstructionSet::avx512 ? avx512::multiply_tile : avx2::multiply_tile;
-  tile(c, c_stride, strip, rows, panel, columns, depth, accumulate, ahead);
+  tile(to, strip, rows, panel, columns, depth, ahead);
 }
 
 #else
 
 int64_t tile_rows() { return 1; }
 
-void multiply_tile(float*, int64_t, const float*, int64_t, const float*, int64_t, int64_t, bool, Prefetch&) {
+void multiply_tile(const Sums&, const float*, int64_t, const float*, int64_t, int64_t, Prefetch&) {
   STD_TORCH_CHECK(false, "no widened products on this CPU");
 }
 
@@ -176,6 +222,31 @@ void write_sums(const Matrix& out, const float* sums, int64_t stride) {
   for_this_cpu<round_sums, const Matrix&, const float*, int64_t>(out, sums, stride);
 }
 
+/// The sums of a part of a product, at most 32 columns wide, and its place in the result.
+class Part {
+ public:
+  /// `begun`: some of its terms have been added; `ends`: no others follow these.
+  Part(const Matrix& out, float* sums, int64_t stride, bool begun, bool ends)
+      : out_(out), sums_(sums), stride_(stride), begun_(begun), ends_(ends),
+        in_tile_(ends && out.dtype == ScalarType::BFloat16 && out.column_stride == 1 && out.columns == word_bits) {}
+
+  Sums from_row(int64_t first) const {
+    const Sums sums{sums_ + first * stride_, stride_, begun_};
+    if (!in_tile_) return sums;
+    return {sums.at, stride_, begun_, reinterpret_cast<Bits16*>(out_.row(first)), out_.row_stride};
+  }
+  /// After the tiles: writes what they have not.
+  void end() const {
+    if (ends_ && !in_tile_) write_sums(out_, sums_, stride_);
+  }
+
+ private:
+  Matrix out_;
+  float* sums_;
+  int64_t stride_;
+  bool begun_, ends_, in_tile_;
+};
+
 }  // namespace
 
 float* Floats::room_for(int64_t count) {
@@ -230,8 +301,8 @@ void WidenedProducts::multiply_rows(const Matrix& out, const Matrix& a) {
       widened(strip, strip_stride, now.slice(strips.first(s), strips.size(s)));
       for (int64_t p = 0; p < panels; ++p) {
         multiply_tile(
-            sums + strips.first(s) * stride + p * word_bits, stride, strip, strips.size(s), panels_.at(p, k),
-            rest(panels_.columns(), p * word_bits, word_bits), now.columns, k > 0, ahead);
+            {sums + strips.first(s) * stride + p * word_bits, stride, k > 0}, strip, strips.size(s), panels_.at(p, k),
+            rest(panels_.columns(), p * word_bits, word_bits), now.columns, ahead);
       }
     }
     if ((i + 1) % depths == 0) write_sums(out.slice(i / depths * block_rows, now.rows), sums, stride);
@@ -254,15 +325,16 @@ void WidenedProducts::multiply_columns(const Matrix& out, const Matrix& b) {
     Prefetch ahead(part(std::min(i + 1, parts - 1)), strips.count * ceil_div(now.columns, word_bits), now.rows);
     for (int64_t column = 0; column < now.columns; column += word_bits) {
       const int64_t columns = rest(now.columns, column, word_bits);
+      const Part to(
+          out.block(0, out.rows, i / depths * block_columns + column, columns), sums + column, block_columns, k > 0,
+          k + now.rows == b.rows);
       widen_panel(panel, now.block(0, now.rows, column, columns));
-      for (int64_t s = 0; s < strips.count; ++s) {
+      for (int64_t s = 0; s < strips.count; ++s)
         multiply_tile(
-            sums + strips.first(s) * block_columns + column, block_columns, strips_.at(strips.first(s), k),
-            strips.size(s), panel, columns, now.rows, k > 0, ahead);
-      }
+            to.from_row(strips.first(s)), strips_.at(strips.first(s), k), strips.size(s), panel, columns, now.rows,
+            ahead);
+      to.end();
     }
-    if ((i + 1) % depths == 0)
-      write_sums(out.block(0, out.rows, i / depths * block_columns, now.columns), sums, block_columns);
   }
 }
 
@@ -272,16 +344,20 @@ void WidenedProducts::multiply(const Matrix& out, const Matrix& a, const Panels&
   float* const sums = sums_.room_for(tile_rows() * kept_columns);
   Prefetch nothing;
   for (int64_t first = 0; first < b.columns(); first += kept_columns)
-    for (int64_t s = 0; s < strips.count; ++s) {
-      const int64_t columns = rest(b.columns(), first, kept_columns);
-      for (int64_t k = 0; k < b.depth(); k += depth_block)
-        for (int64_t column = 0; column < columns; column += word_bits)
+    for (int64_t s = 0; s < strips.count; ++s)
+      for (int64_t k = 0; k < b.depth(); k += depth_block) {
+        const int64_t depth = rest(b.depth(), k, depth_block);
+        for (int64_t column = first; column < std::min(first + kept_columns, b.columns()); column += word_bits) {
+          const int64_t columns = rest(b.columns(), column, word_bits);
+          const Part to(
+              out.block(strips.first(s), strips.size(s), column, columns), sums + column - first, kept_columns, k > 0,
+              k + depth == b.depth());
           multiply_tile(
-              sums + column, kept_columns, strips_.at(strips.first(s), k), strips.size(s),
-              b.at((first + column) / word_bits, k), rest(columns, column, word_bits),
-              rest(b.depth(), k, depth_block), k > 0, nothing);
-      write_sums(out.block(strips.first(s), strips.size(s), first, columns), sums, kept_columns);
-    }
+              to.from_row(0), strips_.at(strips.first(s), k), strips.size(s), b.at(column / word_bits, k), columns,
+              depth, nothing);
+          to.end();
+        }
+      }
 }
 
 }  // namespace moe_unlearn

@@ -1,18 +1,16 @@
 // The tile of a widened product, for one instruction set: widened_product.cpp includes this once for each, in a
 // namespace that defines Vector and its width, tile_rows, MOE_UNLEARN_TILE (the functions' target), load, store,
-// broadcast, zero and multiply_add. All of a tile's sums stay in registers.
+// store_rounded, broadcast, zero and multiply_add. All of a tile's sums stay in registers.
 
-/// c [rows, vectors] = left right, or c + left right; the terms of each sum are added in their order. Between them
-/// lines are asked for `ahead`, a few at a time, because a processor waits for few of them at once.
+/// Adds left right to the sums [rows, vectors]; the terms of each sum are added in their order. Between them lines are
+/// asked for `ahead`, a few at a time, because a processor waits for few of them at once.
 template <int rows, int vectors>
-MOE_UNLEARN_TILE void add_terms(
-    float* c, int64_t c_stride, const float* left, const float* right, int64_t depth, bool accumulate,
-    Prefetch& ahead) {
+MOE_UNLEARN_TILE void add_terms(const Sums& to, const float* left, const float* right, int64_t depth, Prefetch& ahead) {
   Vector sums[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) sums[i][v] = accumulate ? load(c + i * c_stride + v * width) : zero();
+    for (int v = 0; v < vectors; ++v) sums[i][v] = to.begun ? load(to.at + i * to.stride + v * width) : zero();
   for (int64_t first = 0; first < depth; first += prefetch_step) {
     ahead.next();
     for (int64_t k = first; k < std::min(first + prefetch_step, depth); ++k) {
@@ -27,10 +25,15 @@ MOE_UNLEARN_TILE void add_terms(
       }
     }
   }
+  if (to.rounded != nullptr) {
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) store_rounded(to.rounded + i * to.rounded_stride, sums[i][0], sums[i][vectors - 1]);
+    return;
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store(c + i * c_stride + v * width, sums[i][v]);
+    for (int v = 0; v < vectors; ++v) store(to.at + i * to.stride + v * width, sums[i][v]);
 }
 
 template <int... rows>
@@ -39,11 +42,11 @@ Tile tile_of(int64_t count, bool wide, std::integer_sequence<int, rows...>) {
   return tiles[wide][count - 1];
 }
 
-/// c [rows, columns] of a strip and a panel, with space for the whole of the panel's vectors.
+/// The sums [rows, columns] of a strip and a panel, with space for the whole of the panel's vectors.
 inline void multiply_tile(
-    float* c, int64_t c_stride, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
-    bool accumulate, Prefetch& ahead) {
+    const Sums& to, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
+    Prefetch& ahead) {
   for (int64_t first = 0; first < columns; first += 2 * width)
     tile_of(rows, columns - first > width, std::make_integer_sequence<int, tile_rows>())(
-        c + first, c_stride, strip, panel + first, depth, accumulate, ahead);
+        to.from_column(first), strip, panel + first, depth, ahead);
 }
