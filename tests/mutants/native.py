@@ -34,7 +34,7 @@ EMULATED = {
     "weight_score": "test_weight_score or test_ties_across",
 }
 # sources of products that only some processors widen unless asked to
-WIDENED = ("widened_product", "widened_tile", "matmul", "expert_mlp", "expert_wgrad")
+WIDENED = ("widened_product", "widened_tile", "widened_vectors", "matmul", "expert_mlp", "expert_wgrad")
 
 
 class Stage(NamedTuple):
