@@ -71,21 +71,14 @@ int64_t rest(int64_t count, int64_t first, int64_t most) { return std::min(count
 
 /// out = sums, rounded
 MOE_UNLEARN_INLINE void round_sums(const Matrix& out, const float* sums, int64_t stride) {
-  const int64_t item = item_size(out.dtype);
-  const bool along_rows = out.row_stride != 1;
-  const int64_t lines = along_rows ? out.rows : out.columns, length = along_rows ? out.columns : out.rows;
-  const int64_t line_stride = along_rows ? out.row_stride : out.column_stride;
-  const int64_t element_stride = along_rows ? out.column_stride : 1;
-  for (int64_t first = 0; first < length; first += word_bits) {
-    const int64_t n = std::min<int64_t>(length - first, word_bits);
-    for (int64_t line = 0; line < lines; ++line) {
-      const float* const from = along_rows ? sums + line * stride + first : sums + first * stride + line;
+  const int64_t item = item_size(out.dtype) * out.column_stride;
+  for (int64_t row = 0; row < out.rows; ++row)
+    for (int64_t first = 0; first < out.columns; first += word_bits) {
+      const int64_t n = std::min<int64_t>(out.columns - first, word_bits);
       Word value;
-      load(value, ScalarType::Float, reinterpret_cast<const char*>(from), (along_rows ? 1 : stride) * 4, n);
-      store(value, out.dtype, out.data + (line * line_stride + first * element_stride) * item, element_stride * item,
-            0xFFFFFFFF, n);
+      load(value, ScalarType::Float, reinterpret_cast<const char*>(sums + row * stride + first), sizeof(float), n);
+      store(value, out.dtype, out.row(row) + first * item, item, 0xFFFFFFFF, n);
     }
-  }
 }
 
 void write_sums(const Matrix& out, const float* sums, int64_t stride) {

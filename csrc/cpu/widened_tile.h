@@ -10,8 +10,8 @@ constexpr int64_t depth_block = 128;                // terms between two visits 
 constexpr int64_t strip_stride = depth_block + 16;  // rows of a strip begin in different sets of the cache
 constexpr int64_t prefetch_step = 32;               // terms between two requests to memory
 
-/// Asks for the cache lines of a matrix with dense rows to come to a level of the cache, a share of them at a time: one
-/// of `tiles` tiles of `depth` terms asks for several shares.
+/// Asks for the cache lines of a matrix with dense rows to come to a level of the cache (1 or 2), a share of them at a
+/// time: one of `tiles` tiles of `depth` terms asks for several shares.
 template <int level>
 class Prefetch {
  public:
@@ -60,7 +60,8 @@ struct Sums {
 /// The most rows of a strip.
 int64_t tile_rows();
 
-/// Adds the products of a strip and a panel to the sums [rows, columns], at most 32 columns, with space for 32.
+/// Adds the products of a strip and a panel to the sums [rows, columns] of at most 32 columns; where they lie and where
+/// they go there is space for 32.
 void multiply_tile(
     const Sums& to, const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth,
     Ahead& ahead);
