@@ -51,12 +51,6 @@ void widened(float* to, int64_t to_stride, const Matrix& from) {
   for_this_cpu<widen_matrix, float*, int64_t, const Matrix&>(to, to_stride, from);
 }
 
-/// A panel from a matrix of at most 32 columns.
-void widen_panel(float* to, const Matrix& from) {
-  if (from.columns < word_bits) std::memset(to, 0, from.rows * word_bits * sizeof(float));
-  widened(to, word_bits, from);
-}
-
 /// A count in as few parts of at most `most` as there can be, of about equal size.
 struct Parts {
   int64_t total, count;
@@ -147,7 +141,7 @@ void Panels::pack(const Matrix& b) {
   depth_ = b.rows, columns_ = b.columns;
   float* const to = floats_.room_for(ceil_div(columns_, word_bits) * depth_ * word_bits);
   for (int64_t first = 0; first < columns_; first += word_bits)
-    widen_panel(to + first * depth_, b.block(0, depth_, first, rest(columns_, first, word_bits)));
+    widened(to + first * depth_, word_bits, b.block(0, depth_, first, rest(columns_, first, word_bits)));
 }
 
 void Strips::pack(const Matrix& a) {
@@ -235,7 +229,7 @@ void WidenedProducts::multiply_columns(const Matrix& out, const Matrix& b) {
       const Part to(
           out.block(0, out.rows, i / depths * block_columns + column, columns), sums + column, block_columns, k > 0,
           k + now.rows == b.rows);
-      widen_panel(panel, now.block(0, now.rows, column, columns));
+      widened(panel, word_bits, now.block(0, now.rows, column, columns));
       ahead.panel =
           Prefetch<1>(now.block(0, now.rows, next, rest(now.columns, next, word_bits)), strips.count, now.rows);
       for (int64_t s = 0; s < strips.count; ++s)

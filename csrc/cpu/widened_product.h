@@ -22,8 +22,8 @@ class Floats {
   int64_t count_ = 0;
 };
 
-/// A matrix as the right side of products, widened: panels of 32 columns (the last one filled up with zeros), in which
-/// a row is 32 floats.
+/// A matrix as the right side of products, widened: panels of 32 columns, in which a row is 32 floats. Some of the last
+/// one's may be of no column: what becomes of them goes nowhere.
 class Panels {
  public:
   /// Takes b [depth, columns].

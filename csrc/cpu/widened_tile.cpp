@@ -27,6 +27,7 @@ MOE_UNLEARN_TILE inline Vector broadcast(float x) { return _mm512_set1_ps(x); }
 MOE_UNLEARN_TILE inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 MOE_UNLEARN_TILE inline Vector load(const Bits16* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  // masks of ones: GCC 12 warns of an undefined value in the forms without
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, bits), 16));
 }
 MOE_UNLEARN_TILE inline void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
