@@ -31,6 +31,7 @@ struct Layer {
   std::vector<float> weight;         // of each slot
   std::vector<char> here;            // whether a slot belongs to an expert
   std::vector<Chunk> chunks;
+  int64_t most = 0;  // rows of a chunk, padded
 
   Layer(
       const Tensor& top_k_weights, const Tensor& sorted_rows, const Tensor& expert_offsets,
@@ -56,6 +57,7 @@ struct Layer {
       const int64_t size = ceil_div(ceil_div(count, ceil_div(count, chunk_rows)), row_step) * row_step;
       for (int64_t first = 0; first < count; first += size)
         chunks.push_back({e, offsets[e] + first, std::min(size, count - first)});
+      most = std::max(most, padded(std::min(size, count), dtype));
     }
     const Rows w(top_k_weights);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -83,9 +85,19 @@ struct ChunkRows {
   Matrix all;
 
   ChunkRows(const Layer& layer, int64_t width)
-      : memory(chunk_rows * layer.row_bytes(width)), all(memory.data(), layer.dtype, chunk_rows, width) {}
+      : memory(layer.most * layer.row_bytes(width)), all(memory.data(), layer.dtype, layer.most, width) {}
   Matrix operator()(const Chunk& chunk) const { return all.first_rows(padded(chunk.count, all.dtype)); }
+  /// The place of a chunk's rows that are kept: already that in `kept`, unless a product would write more rows.
+  Matrix or_in(const Matrix& kept, const Chunk& chunk) const {
+    const bool there = kept.rows > 0 && padded(chunk.count, all.dtype) == chunk.count;
+    return there ? kept.slice(chunk.first, chunk.count) : (*this)(chunk);
+  }
 };
+
+/// Copies a chunk's rows to their place in `kept`, if they are not there.
+void keep(const Matrix& kept, const Chunk& chunk, const Matrix& rows) {
+  if (kept.row(chunk.first) != rows.data) std::memcpy(kept.row(chunk.first), rows.data, chunk.count * rows.row_bytes());
+}
 
 /// f(first, last) for each thread's chunks.
 template <class F>
@@ -122,14 +134,13 @@ MOE_UNLEARN_INLINE void add_bias(char* row, const Matrix& like, const Rows& bias
   }
 }
 
-/// Finishes the pre-activations z of a chunk, keeps them in `kept` and writes the activations a.
+/// Finishes the pre-activations z of a chunk and writes the activations a.
 template <Activation activation>
 MOE_UNLEARN_INLINE void activate_chunk(
-    const Layer& layer, const Chunk& chunk, const Matrix& z, const Rows& bias, const Matrix& kept, const Matrix& a) {
+    const Layer& layer, const Chunk& chunk, const Matrix& z, const Rows& bias, const Matrix& a) {
   const int64_t item = item_size(layer.dtype);
   for (int64_t j = 0; j < chunk.count; ++j) {
     if (bias) add_bias(z.row(j), z, bias, chunk.expert);
-    std::memcpy(kept.row(chunk.first + j), z.row(j), z.row_bytes());
     for (int64_t first = 0; first < layer.inner; first += word_bits) {
       const int64_t n = std::min<int64_t>(layer.inner - first, word_bits);
       const Halves at(layer, z.row(j), first);
@@ -184,11 +195,9 @@ MOE_UNLEARN_INLINE void activate_chunk_backward(
 }
 
 template <Activation activation>
-void run_forward(
-    const Layer& l, const Chunk& c, const Matrix& z, const Rows& bias, const Matrix& kept, const Matrix& a) {
-  for_this_cpu<
-      activate_chunk<activation>, const Layer&, const Chunk&, const Matrix&, const Rows&, const Matrix&,
-      const Matrix&>(l, c, z, bias, kept, a);
+void run_forward(const Layer& l, const Chunk& c, const Matrix& z, const Rows& bias, const Matrix& a) {
+  for_this_cpu<activate_chunk<activation>, const Layer&, const Chunk&, const Matrix&, const Rows&, const Matrix&>(
+      l, c, z, bias, a);
 }
 
 template <Activation activation>
@@ -278,8 +287,10 @@ std::tuple<Tensor, Tensor> expert_mlp(
     for (int64_t i = first; i < last; ++i) {
       const Chunk& c = layer.chunks[i];
       gather(rows.all, x, layer.token.data(), c.first, c.count);
-      multiply(wide(c), rows(c), layer.up(c.expert).transposed(), own);
-      forwards[static_cast<int>(layer.activation)](layer, c, wide.all, bias_up, kept, inner.all);
+      const Matrix pre = wide.or_in(kept, c);
+      multiply(pre, rows(c), layer.up(c.expert).transposed(), own);
+      forwards[static_cast<int>(layer.activation)](layer, c, pre, bias_up, inner.all);
+      keep(kept, c, pre);
       multiply(rows(c), inner(c), layer.down(c.expert).transposed(), own);
       for (int64_t j = 0; j < c.count; ++j) {
         if (bias_down) add_bias(rows.all.row(j), rows.all, bias_down, c.expert);
@@ -322,14 +333,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
         gather(rows.all, g, layer.token.data(), c.first, c.count);
         multiply(inner(c), rows(c), layer.down(c.expert), own);
       }
-      const Gradients to{wide.all, scaled_out, d_weight.data()};
+      const Gradients to{wide.or_in(dz_out, c), scaled_out, d_weight.data()};
       backwards[static_cast<int>(layer.activation)](layer, c, pre, inner.all, to);
       if (bias && need_weights)
         for_this_cpu<add_bias_products, const Layer&, const Chunk&, const Matrix&, const Rows&, float*>(
             layer, c, rows.all, bias, d_weight.data());
-      if (need_z) std::memcpy(dz_out.row(c.first), wide.all.data, c.count * wide.all.row_bytes());
+      if (need_z) keep(dz_out, c, to.dz);
       if (!need_x) continue;
-      multiply(rows(c), wide(c), layer.up(c.expert), own);
+      multiply(rows(c), to.dz, layer.up(c.expert), own);
       for (int64_t j = 0; j < c.count; ++j)
         std::memcpy(d_rows.row(layer.slot[c.first + j]), rows.all.row(j), d_rows.row_bytes());
     }

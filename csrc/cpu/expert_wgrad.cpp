@@ -11,6 +11,7 @@ namespace moe_unlearn {
 namespace {
 
 constexpr int64_t block_bytes = 1 << 19;  // of dW: half of a small second-level cache
+constexpr int64_t cached_bytes = 1 << 22;  // of a gradient that whoever reads it may find in a cache
 constexpr int64_t epilogue_cost = 32;     // of an element of dW, counted in rows of its product
 
 const int64_t* indices(const Tensor& tensor) {
@@ -53,8 +54,8 @@ class Products {
         grad_(memory_.data(), dtype, factors.most(dtype), factors.grad.width),
         input_(grad_.row(grad_.rows), dtype, grad_.rows, factors.input.width) {}
 
-  /// out = the rows of dW[expert] from `first_row` on, or zeros if they are not wanted
-  void compute(const Matrix& out, int64_t expert, int64_t first_row, bool wanted) {
+  /// out = the rows of dW[expert] from `first_row` on, or zeros if they are not wanted; `streams`: of a whole dW
+  void compute(const Matrix& out, int64_t expert, int64_t first_row, bool wanted, bool streams) {
     const int64_t count = factors_.count(expert), start = factors_.start(expert);
     if (count == 0 || !wanted) {
       std::memset(out.data, 0, out.rows * out.row_bytes());
@@ -69,7 +70,7 @@ class Products {
     }
     const Matrix left = grad_.first_rows(rows).transposed().slice(first_row, out.rows);
     if (widens_)
-      own_.multiply(out, left, panels_);
+      own_.multiply(out, left, panels_, streams);
     else
       multiply(out, left, input_.first_rows(rows));
   }
@@ -130,6 +131,7 @@ void for_each_block(
     char* out = nullptr) {
   const Blocks blocks(gradients, dtype);
   const int64_t row_bytes = blocks.width * item_size(dtype), bytes = blocks.rows * row_bytes;
+  const bool streams = out && blocks.listed * blocks.height * row_bytes > cached_bytes;
   std::vector<int64_t> cost;
   std::vector<char> trains;
   for (int64_t i = 0; i < blocks.count(); ++i) {
@@ -149,7 +151,7 @@ void for_each_block(
         char* const place =
             out ? out + (block.expert * blocks.height + block.first_row) * row_bytes : memory.data() + g * bytes;
         dw[g] = Matrix(place, dtype, block.rows, blocks.width);
-        products[g].compute(dw[g], block.expert, block.first_row, trains[i]);
+        products[g].compute(dw[g], block.expert, block.first_row, trains[i], streams);
       }
       epilogue(block, dw);
     }

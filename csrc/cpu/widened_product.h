@@ -22,8 +22,8 @@ class Floats {
   int64_t count_ = 0;
 };
 
-/// A matrix as the right side of products, widened: panels of 32 columns (the last one filled up with zeros), in which
-/// a row is 32 floats.
+/// A matrix as the right side of products, widened: panels of 32 columns, in which a row is 32 floats. Some of the last
+/// one's may be of no column: what becomes of them goes nowhere.
 class Panels {
  public:
   /// Takes b [depth, columns].
@@ -54,8 +54,8 @@ class WidenedProducts {
  public:
   /// out = a b, b being the larger one: it is read once, a part at a time.
   void multiply(const Matrix& out, const Matrix& a, const Matrix& b);
-  /// out = a b
-  void multiply(const Matrix& out, const Matrix& a, const Panels& b);
+  /// out = a b; `streams`: out is more than a cache holds and goes past it where it can.
+  void multiply(const Matrix& out, const Matrix& a, const Panels& b, bool streams);
 
  private:
   void multiply_rows(const Matrix& out, const Matrix& a);
@@ -63,7 +63,7 @@ class WidenedProducts {
 
   Panels panels_;
   Strips strips_;
-  Floats part_, sums_;
+  Floats part_, sums_, rounded_;
 };
 
 /// out = a b, b being the larger one, by `own` where this processor widens.

@@ -62,4 +62,16 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "if (widens(b.dtype) && a.columns > 0)",
         "if (widens(b.dtype) && a.columns > 1)",
     ): "a sum of one term has the same bits by torch's mm",
+    (
+        "csrc/cpu/widened_tile.h",
+        "next",
+        "for (int64_t i = 0; i < share_ && rest_ > 0; ++i) {",
+        "for (int64_t i = 0; i < share_ && rest_ >= 0; ++i) {",
+    ): "what is asked for ahead, even from beyond a matrix, changes no result",
+    (
+        "csrc/cpu/widened_tile.h",
+        "next",
+        "for (int64_t i = 0; i < share_ && rest_ > 0; ++i) {",
+        "for (int64_t i = 0; i < share_ ; ++i) {",
+    ): "what is asked for ahead, even from beyond a matrix, changes no result",
 }

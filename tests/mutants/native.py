@@ -34,7 +34,7 @@ EMULATED = {
     "weight_score": "test_weight_score or test_ties_across",
 }
 # sources of products that only some processors widen unless asked to
-WIDENED = ("widened_product", "widened_tile", "matmul", "expert_mlp", "expert_wgrad")
+WIDENED = ("widened_product", "widened_tile", "widened_vectors", "matmul", "expert_mlp", "expert_wgrad")
 
 
 class Stage(NamedTuple):
@@ -95,9 +95,11 @@ def users(file: str, library: str) -> list[str]:
     path = path_of(file)
     sources = sorted((CSRC / library).glob("*.c*"), key=lambda source: source.stat().st_size)
     # a source beside the ops' own, and what it alone includes, is used through its header
-    headers = {source.with_suffix(".h") for source in sources if not is_op(source) and path in included(source)}
+    reached, beside = {path}, [source for source in sources if not is_op(source)]
+    for _ in beside:
+        reached |= {source.with_suffix(".h") for source in beside if reached & included(source)}
     ops = [source for source in sources if is_op(source) and source.suffix != ".cuh"]
-    return [op.stem for op in ops if path in included(op) or headers & included(op)]
+    return [op.stem for op in ops if reached & included(op)]
 
 
 def claims(op: str) -> tuple[str, ...]:

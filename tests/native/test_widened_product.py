@@ -39,7 +39,7 @@ def in_order(a, b):
     return sums
 
 
-# M and P around strips of 14 or 6 rows, panels of 32 and groups of 512 columns; rows around blocks of 256 terms
+# M and P around strips of 14 or 6 rows, panels of 32 and groups of 512 columns; rows around blocks of 128 terms
 @wide_sets
 @pytest.mark.parametrize("height, width, rows", [(1, 1, 1), (15, 33, 5), (43, 8, 300), (130, 65, 257), (9, 550, 17)])
 def test_the_gradient_of_a_weight_adds_its_rows_in_order(height, width, rows, instruction_set):
@@ -52,10 +52,20 @@ def test_the_gradient_of_a_weight_adds_its_rows_in_order(height, width, rows, in
         assert torch.equal(out[0], in_order(grad[used].t(), input[ids[used]]).to(dtype)) and not out[1].any()
 
 
+@pytest.mark.parametrize("width", [2080, 2072])  # rows that fill cache lines, and rows that do not
+def test_a_gradient_larger_than_a_cache_is_that_of_its_terms(width, threads):
+    """Past the cache it is written in whole lines at most."""
+    height = 1020  # a little above 4 MiB
+    grad, input = normal(2, height), normal(2, width, seed=1)
+    out = torch.full((1, height, width), torch.nan, dtype=BF16)
+    kernels.expert_wgrad_(out, grad, input, torch.tensor([[0, 2]]), None, None, None, False)
+    assert torch.equal(out[0], in_order(grad.t(), input).to(BF16))
+
+
 # rows of an expert around panels and chunks; hidden and inner around strips, blocks of terms, rows and columns
 @cover(
     indirect=["instruction_set"],
-    shape=((1, 3, 1), (17, 300, 9), (33, 40, 140), (270, 257, 20), (48, 64, 300)),
+    shape=((1, 3, 1), (17, 300, 9), (33, 40, 140), (270, 257, 20), (48, 64, 300), (200, 700, 5)),
     transposed=(False, True),
     strided=(False, True),
     instruction_set=("avx2", "avx512"),
@@ -116,11 +126,13 @@ def test_a_layer_without_inner_width_gives_zeros():
     assert not expert_mlp(**case(inner=0, dtype=BF16), impl="cpu").any()
 
 
-def test_denormal_numbers_infinities_and_nan_count():
+@wide_sets
+def test_denormal_numbers_infinities_and_nan_count(instruction_set):
     """AVX512-BF16's own instruction takes a denormal for 0; a multiply-add of float32 does not."""
     grad = torch.full((1, 4), 2.0**-130, dtype=BF16)
-    input = torch.tensor([[2.0**120, 2.0**-3, torch.inf, torch.nan]], dtype=BF16)
-    out = torch.empty(1, 4, 4)
-    kernels.expert_wgrad_(out, grad, input, torch.tensor([[0, 1]]), None, None, None, False)
-    expected = torch.tensor([2.0**-10, 2.0**-133, torch.inf, torch.nan])
-    assert torch.equal(out[0].nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0).expand(4, 4))
+    input = torch.tensor([2.0**120, 2.0**-3, torch.inf, torch.nan], dtype=BF16).repeat(1, 10)  # a panel and a part
+    expected = torch.tensor([2.0**-10, 2.0**-133, torch.inf, torch.nan]).repeat(4, 10)
+    for dtype in (F32, BF16):
+        out = torch.empty(1, 4, 40, dtype=dtype)
+        kernels.expert_wgrad_(out, grad, input, torch.tensor([[0, 1]]), None, None, None, False)
+        torch.testing.assert_close(out[0], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
