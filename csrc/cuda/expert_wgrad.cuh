@@ -239,10 +239,10 @@ struct Wgrad {
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (lane < cluster && step > last - steps) barriers.ring.release_at(step - 1, lane);
+      if (step > last - steps) barriers.ring.release_at_all(step - 1, lane, cluster);
     }
     hopper::wait_for_products<0>();
-    if (lane < cluster && steps > 0) barriers.ring.release_at(step - 1, lane);
+    if (steps > 0) barriers.ring.release_at_all(step - 1, lane, cluster);
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 

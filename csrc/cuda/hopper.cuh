@@ -297,8 +297,10 @@ struct Ring {
     arrive(full[stage(step)]);
   }
   MOE_UNLEARN_DEVICE void release(int64_t step) { arrive(empty[stage(step)]); }
-  /// The stage of a block of the cluster, which others fill too.
-  MOE_UNLEARN_DEVICE void release_at(int64_t step, int rank) { arrive_at(empty[stage(step)], rank); }
+  /// For a warp, all of whose lanes call: the stage of each block of the cluster, which all of them fill.
+  MOE_UNLEARN_DEVICE void release_at_all(int64_t step, int lane, int cluster) {
+    if (lane < cluster) arrive_at(empty[stage(step)], lane);
+  }
 };
 
 }  // namespace moe_unlearn::hopper
