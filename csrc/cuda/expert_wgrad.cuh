@@ -7,8 +7,9 @@
 // tiles: while one has its epilogue, the other multiplies. A factor whose rows stand in order is copied in boxes (TMA);
 // where both tiles of a pair need it, each block copies half of it to both. A gathered factor, and the last rows of an
 // expert, are copied row by row, with zeros behind them: no row of another expert is ever read. Both blocks of a pair
-// go through the same stages. A pair whose masks are zero is not computed. Sums run in the order of rows, tiles are
-// disjoint, no atomics: the same bits for any grid.
+// go through the same stages. A pair whose masks are zero is not computed. Before the products of a tile begin L2 is
+// asked for what its epilogue reads. Sums run in the order of rows, tiles are disjoint, no atomics: the same bits for
+// any grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
@@ -189,14 +190,28 @@ struct Wgrad {
     }
   };
 
+  /// Asks for what the epilogue of a tile reads, a row a thread, while products of the tile before are under way. Not
+  /// of short tiles, several of which the ring may hold: L2 could not.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void prefetch(
+      const Group& group, const Arguments& a, const WgradPlan::Tile& tile, int64_t steps) {
+    static_assert(WgradPlan::warpgroup == length);
+    if (steps < stages) return;
+    const int64_t rows = a.f.grad.columns, row = tile.row + group.thread(), left = a.f.input.columns - tile.column;
+    if (row >= rows || left <= 0) return;
+    a.epilogue.prefetch({tile.expert * rows + row, tile.column, static_cast<int>(left < length ? left : length)});
+  }
+
   template <class Group>
   static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
     constexpr int lag = 1;  // stages between a copy and the word that it is there
     const int rank = hopper::cluster_rank();
     int64_t step = 0;
     for (int64_t pair = group.block() / cluster; pair < a.plan.pairs; pair += group.blocks() / cluster) {
-      if (count_steps(group, a, pair) == 0) continue;
+      const int64_t steps = count_steps(group, a, pair);
+      if (steps == 0) continue;
       const auto tile = a.plan.tile(pair, rank);
+      prefetch(group, a, tile, steps);
       const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
       Source grad(a.f.grad, group.thread(), tile.row, tile.shared == Shared::grad);
       Source input(a.f.input, group.thread(), tile.column, tile.shared == Shared::input);

@@ -132,6 +132,11 @@ MOE_UNLEARN_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/// Asks L2 for `bytes` from a 16-byte address on, a multiple of 16.
+MOE_UNLEARN_DEVICE void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 /// A matrix of bfloat16 from which boxes of [rows of a box, 64] are copied.
 using Boxes = CUtensorMap;
 

@@ -202,7 +202,26 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
         ),
         Breakage("rows are finished twice", "first == 0 ? held : Exchange::warp_rows - held", "held"),
         Breakage("the second fragment's rows are the first's", "local / 16 * 64", "local / 16 * 16"),
+        Breakage(
+            "L2 is asked for the row below", "tile.row + group.thread(), left", "tile.row + group.thread() + 1, left"
+        ),
+        Breakage("L2 is asked for short tiles", "    if (steps < stages) return;\n", ""),
+        Breakage("L2 is asked for columns beyond the tile", "left < length ? left : length", "left"),
         Breakage("both consumers share an exchange", "warp_size - 4) * (Ex", "warp_size % 4) * (Ex"),
+    ),
+    "wgrad_epilogue.cuh": (
+        Breakage(
+            "L2 is asked for the weights of another expert",
+            "o.param.row(param_row), place",
+            "o.param.row(place.row), place",
+        ),
+        Breakage(
+            "L2 is asked for packed state as if it were not", "has_state && state && !o.packed()", "has_state && state"
+        ),
+        Breakage("L2 is asked for state that a rule leaves alone", "if (has_state && state &&", "if (state &&"),
+        Breakage("L2 is asked for rows without a bit", "if (!has_chosen(o.mask, place) || !find", "if (!find"),
+        Breakage("L2 is asked for what is written alone", "if (add && has_chosen", "if (has_chosen"),
+        Breakage("bits beyond a row count", "word & ((1u << (place.n - before)) - 1) : word", "word : word"),
     ),
     "exchange.cuh": (
         Breakage("lanes meet in a bank", "(piece ^ piece / 8 % 2 ^ row % 4 * 2) * 4", "piece * 4"),
