@@ -158,7 +158,11 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
             "hopper::expect_bytes(full, WgradPlan::factor_bytes / (shared ? 2 : 1));",
         ),
         Breakage("the last rows of an expert come in boxes", "if (f.boxed && whole)", "if (f.boxed)"),
-        Breakage("the wrong factor is shared", "tile.shared == Shared::grad", "tile.shared == Shared::input"),
+        Breakage(
+            "the wrong factor is shared",
+            "tile.row, tile.shared == Shared::grad",
+            "tile.row, tile.shared == Shared::input",
+        ),
         Breakage("along and across change places", "beyond < 0 ? along : across", "beyond < 0 ? across : along"),
         Breakage("the tile left over is the one before", "place = line_tiles - 1", "place = line_tiles - 2"),
         Breakage(
@@ -175,13 +179,13 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
         ),
         Breakage(
             "each block asks its own mask",
-            "const auto tile = a.plan.tile(pair, rank);\n      for",
-            "const auto tile = a.plan.tile(pair, hopper::cluster_rank());\n      for",
+            "const auto tile = plan.tile(pair, rank);\n      for",
+            "const auto tile = plan.tile(pair, hopper::cluster_rank());\n      for",
         ),
         Breakage(
             "blocks store each other's tiles",
-            "tile(pair, hopper::cluster_rank())",
-            "tile(pair, 1 - hopper::cluster_rank())",
+            "tile(pair, hopper::cluster_rank());\n      const int64_t steps",
+            "tile(pair, 1 - hopper::cluster_rank());\n      const int64_t steps",
         ),
         Breakage("turns are not waited for", "      hopper::wait(barriers.turn[self], turn++ & 1);\n", ""),
         Breakage(
@@ -222,6 +226,35 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
         Breakage("L2 is asked for rows without a bit", "if (!has_chosen(o.mask, place) || !find", "if (!find"),
         Breakage("L2 is asked for what is written alone", "if (add && has_chosen", "if (has_chosen"),
         Breakage("bits beyond a row count", "word & ((1u << (place.n - before)) - 1) : word", "word : word"),
+    ),
+    "wgrad_inner.cuh": (
+        Breakage(
+            "a tile is read before it is given", "        hopper::wait(barriers.given, turn & 1);\n", "        ;\n"
+        ),
+        Breakage(
+            "a tile is given before the one before is taken",
+            "        hopper::wait(barriers.taken, (turn & 1) ^ 1);\n",
+            "        ;\n",
+        ),
+        Breakage("the first tile waits to be taken", "(turn & 1) ^ 1", "turn & 1"),
+        Breakage(
+            "both consumers arrive where a tile is given",
+            "self == 0 ? barriers.given : barriers.taken",
+            "barriers.given",
+        ),
+        Breakage("tiles of one gradient are multiplied", "a.f[self], a.plan", "a.f[0], a.plan"),
+        Breakage("what lies beyond dW counts", "left > 0 ? (1u << left) - 1 : 0", "left > 0 ? 0xFFFFFFFF : 0"),
+        Breakage(
+            "rows beyond dW read the mask of the next expert", "row < rows ? columns - first : 0", "columns - first"
+        ),
+        Breakage("the mask is left out", "if (a.mask && bits != 0)", "if (false)"),
+        Breakage("both blocks write the same parts", "(pair * cluster + rank) * warps", "pair * cluster * warps"),
+        Breakage("the last gradient's square is the first's", "which = last ? 2 : i < j", "which = i < j"),
+        Breakage(
+            "threads exchange their quads",
+            "quad_at(given, part, quad, thread)",
+            "quad_at(given, part, quad, thread ^ self)",
+        ),
     ),
     "exchange.cuh": (
         Breakage("lanes meet in a bank", "(piece ^ piece / 8 % 2 ^ row % 4 * 2) * 4", "piece * 4"),

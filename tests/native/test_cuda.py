@@ -304,6 +304,40 @@ def test_wgrad_asks_for_what_it_adds_to_and_no_state_that_its_rule_leaves_alone(
         assert sorted(gpu.prefetched()) == sorted((row.data_ptr(), row.nbytes) for row in rows)
 
 
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
+def test_wgrad_inner_products_in_many_orders_of_threads(gpu, indexed):
+    """6 tiles, experts of more stages than the ring has, with less than one and none, of one gradient or of both."""
+    sides = [("neither", "skewed", 120), (indexed, "half_empty", 330)]
+    gradients = [
+        wgrad.scattered(wgrad.factors((136, 264), pattern=pattern, tokens=tokens, exact=True), side)
+        for side, pattern, tokens in sides
+    ]
+    rows = torch.stack([one.expert_offsets.diff() for one in gradients])
+    assert rows.max() > 5 * 64 > 64 > rows.min() == 0 < rows.amax(0).min()
+    kept = wgrad.keep(wgrad.E, 136, 264)
+    kept[1, :, 128:] = False
+    for seed in range(4):
+        gpu.emulate(1 + seed, seed=seed)
+        wgrad.check_inner(CUDA, gradients[:: 1 if seed % 2 else -1], kept if seed > 1 else None)
+
+
+def test_wgrad_inner_products_of_three_gradients_and_of_one(gpu):
+    gradients = [wgrad.scattered(wgrad.factors((264, 8), exact=True, seed=i), "grad") for i in range(3)]
+    for seed, some in enumerate((gradients, gradients[:1])):
+        gpu.emulate(2, seed=seed)
+        wgrad.check_inner(CUDA, some)
+
+
+def test_wgrad_inner_products_leave_out_what_has_no_bit_or_lies_beyond(gpu):
+    """An infinite row of dW without a bit, whose words have some behind the last column; and a column of one expert."""
+    kept = torch.ones(wgrad.E, 40, 136, dtype=torch.bool)
+    kept[:, 5], kept[0, :, 7] = False, False
+    gradients = [wgrad.scattered(wgrad.factors((40, 136), exact=True, seed=i), "neither") for i in range(2)]
+    for one in gradients:
+        one.grad[:, 5], one.input[0, 7] = torch.inf, torch.inf
+    wgrad.check_inner(CUDA, gradients, kept)
+
+
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
     made, fine = wgrad.scattered(wgrad.factors((40, 136)), "input"), torch.zeros(7, 64, dtype=BF16)
     _check_hopper((9, 0), fine, fine[:, 8:48], fine[3:])
