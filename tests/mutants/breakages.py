@@ -80,7 +80,6 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
         *_BOTH,
         Breakage("a box for both goes to one", "hopper::load_box_for_both(box...);", "hopper::load_box(box...);"),
         Breakage("both load every box for both", "else if (own == rank)", "else"),
-        Breakage("each loads the other's box", "else if (own == rank)", "else if (own != rank)"),
         Breakage("halves of the columns change places", "i * a.plan.distance", "(1 - i) * a.plan.distance"),
         Breakage("halves of the rows change places", "tile.first + i * Plan", "tile.first + (1 - i) * Plan"),
         Breakage("bytes of one half are expected", "(full, Plan::right_bytes + left", "(full, half_bytes + left"),
