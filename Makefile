@@ -10,7 +10,7 @@
 # make lint    ruff check and format, and mypy on the package
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton, C++ and CUDA kernel; about an hour on 2 cores;
-#              `make mutants MUTANTS="--family native"` those of C++ and CUDA
+#              `make mutants MUTANTS="--family cuda"` those of CUDA, `--family native` those of C++
 # make soak    the full exactness matrix of the fused step, and steps of two ranks, verified and killed; 2 hours on 2
 #              cores; `make soak SOAK="--minutes 30" SOAK_RANKS="--minutes 10"` a sample
 # make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes

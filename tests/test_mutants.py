@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import cplusplus, native, runs, triton
+from tests.mutants import cplusplus, cuda, native, runs, triton
+from tests.mutants.breakages import BREAKAGES, Breakage
 from tests.mutants.equivalent import EQUIVALENT
 from tests.mutants.mutant import ROOT
 
-FAMILIES = pytest.mark.parametrize("family", [triton, native], ids=["triton", "native"])
+FAMILIES = pytest.mark.parametrize("family", [triton, native, cuda], ids=["triton", "native", "cuda"])
 
 KERNEL = '''"""A kernel."""
 import triton
@@ -178,8 +179,16 @@ def test_native_mutants_change_what_the_tests_build_and_run(made_of_source):
 @pytest.mark.slow
 def test_the_same_mutants_are_drawn_again_and_enough_of_them(family):
     mutants = family.drawn()
-    assert mutants == family.drawn() != family.drawn(seed=1)
-    assert len(mutants) >= 60
+    if family is cuda:
+        if not cuda.files():
+            pytest.skip("there is no nvcc")
+        named = cuda.breakages()
+        assert mutants[-len(named) :] == named and len(named) >= 80
+        mutants = mutants[: -len(named)]
+        assert mutants == cuda.drawn()[: -len(named)] != cuda.drawn(seed=1)[: -len(named)]
+    else:
+        assert mutants == family.drawn() != family.drawn(seed=1)
+    assert len(mutants) >= (40 if family is cuda else 60)
     for path in family.files():
         made = len(family.mutants_of(path))
         assert sum(family.path_of(mutant.file) == path for mutant in mutants) == min(made, family.PER_FILE), path
@@ -204,15 +213,31 @@ def test_native_mutants_are_of_every_source_and_run_the_tests_of_every_op():
 
 
 @pytest.mark.quick
+def test_named_breakages_change_their_text_and_are_named_once(monkeypatch):
+    if not cuda.files():
+        pytest.skip("there is no nvcc")
+    assert set(BREAKAGES) <= {path.name for path in cuda.files()}
+    made = cuda.breakages()
+    assert len({(mutant.file, mutant.kind) for mutant in made}) == len(made)
+    for mutant in made:
+        before, after = mutant.diff(cuda.path_of(mutant.file).read_text(encoding="utf-8"))
+        assert before != after and mutant.kernel
+    for text, times in (("no such text", 0), ("MOE_UNLEARN_DEVICE", "[0-9]+")):
+        monkeypatch.setitem(BREAKAGES, "exchange.cuh", (Breakage("a kind", text, ""),))
+        with pytest.raises(ValueError, match=f"exchange.cuh, a kind: its text stands there {times} times"):
+            cuda.breakages()
+
+
+@pytest.mark.quick
 @pytest.mark.slow
 def test_equivalent_mutants_exist_and_have_reasons():
     """An entry whose line has changed says nothing any more."""
     made = {
         runs.identity(family, mutant)
-        for family in (triton, native)
+        for family in (triton, native, cuda)
         for path in family.files()
         for mutant in family.mutants_of(path)
-    }
+    } | {runs.identity(cuda, mutant) for mutant in cuda.breakages()}
     assert not set(EQUIVALENT) - made
     assert all(len(reason) > 10 for reason in EQUIVALENT.values())
 

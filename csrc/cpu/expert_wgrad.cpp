@@ -274,13 +274,16 @@ MOE_UNLEARN_INLINE void inner_block(
   for (const double sum : sums) *out += sum;
 }
 
-/// out [listed, m, m] float64, from one gradient after the other in lists of m.
+/// A list has no optional tensors.
+std::optional<Tensor> given(const Tensor& rows) { return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt; }
+
+/// out [listed, m, m] float64, from one gradient after the other in lists of m; rows of none: the positions themselves.
 void expert_wgrad_inner_(
     const Tensor& out, std::vector<Tensor> grads, std::vector<Tensor> inputs, std::vector<Tensor> bounds,
     std::vector<Tensor> grad_rows, std::vector<Tensor> input_rows, const std::optional<Tensor>& mask) {
   std::vector<Factors> gradients;
   for (size_t i = 0; i < grads.size(); ++i)
-    gradients.emplace_back(grads[i], inputs[i], bounds[i], grad_rows[i], input_rows[i]);
+    gradients.emplace_back(grads[i], inputs[i], bounds[i], given(grad_rows[i]), given(input_rows[i]));
   const Rows words(mask);
   const int64_t m = static_cast<int64_t>(gradients.size()), height = gradients[0].grad.width;
   const Blocks blocks(gradients, ScalarType::Float);

@@ -1,9 +1,10 @@
-// The binding of expert_wgrad: everything but the inner products.
+// The binding of expert_wgrad.
 
 #include "cuda/expert_wgrad.cuh"
 
 #include "cuda/hopper_binding.h"
 #include "cuda/operands.h"
+#include "cuda/wgrad_inner.cuh"
 
 namespace moe_unlearn {
 namespace {
@@ -20,6 +21,9 @@ Factors factors(
     const std::optional<Tensor>& input_rows) {
   return {factor(grad, grad_rows), factor(input, input_rows), indices(bounds), bounds.size(0)};
 }
+
+/// A list has no optional tensors.
+std::optional<Tensor> given(const Tensor& rows) { return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt; }
 
 void expert_wgrad_(
     const Tensor& out, const Tensor& grad, const Tensor& input, const Tensor& bounds,
@@ -64,6 +68,27 @@ void expert_wgrad_adamw_(
   check_support("expert_wgrad", expert_wgrad_update(f, o, rule, device.stream()));
 }
 
+/// out [listed, m, m] float64, from one gradient after the other in lists of m; rows of none: the positions themselves.
+void expert_wgrad_inner_(
+    const Tensor& out, std::vector<Tensor> grads, std::vector<Tensor> inputs, std::vector<Tensor> bounds,
+    std::vector<Tensor> grad_rows, std::vector<Tensor> input_rows, const std::optional<Tensor>& mask) {
+  if (out.numel() == 0) return;
+  const OnDevice device(out);
+  std::vector<Factors> gradients;
+  for (size_t i = 0; i < grads.size(); ++i)
+    gradients.push_back(factors(grads[i], inputs[i], bounds[i], given(grad_rows[i]), given(input_rows[i])));
+  const int64_t count = out.size(1), listed = out.size(0), pairs = std::max<int64_t>(count * (count - 1) / 2, 1);
+  const int64_t parts = WgradInner::parts_of_expert(gradients[0].grad.columns, gradients[0].input.columns);
+  auto workspace = torch::stable::new_empty(out, {pairs, listed, parts, 3});
+  double* to = workspace.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < std::max<int64_t>(count - 1, 1); ++i)
+    for (int64_t j = std::min(i + 1, count - 1); j < count; ++j, to += listed * parts * 3)
+      check_support(
+          "expert_wgrad", expert_wgrad_parts(gradients[i], gradients[j], rows_of(mask), to, device.stream()));
+  check(expert_wgrad_gram(
+      {workspace.const_data_ptr<double>(), out.mutable_data_ptr<double>(), listed, parts, count}, device.stream()));
+}
+
 }  // namespace
 }  // namespace moe_unlearn
 
@@ -71,4 +96,5 @@ STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) {
   m.impl("expert_wgrad_", TORCH_BOX(&moe_unlearn::expert_wgrad_));
   m.impl("expert_wgrad_sgd_", TORCH_BOX(&moe_unlearn::expert_wgrad_sgd_));
   m.impl("expert_wgrad_adamw_", TORCH_BOX(&moe_unlearn::expert_wgrad_adamw_));
+  m.impl("expert_wgrad_inner_", TORCH_BOX(&moe_unlearn::expert_wgrad_inner_));
 }

@@ -1,49 +1,25 @@
 // expert_wgrad on Hopper: dW = grad^T input over the rows of each listed expert, in bfloat16 with float32 sums. What
-// becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it. Inner products of
-// several gradients are not here: they need as many tiles at once.
+// becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it; inner products of
+// two gradients are in wgrad_inner.cuh.
 //
 // Pairs of persistent blocks, one on each multiprocessor, go through a list of pairs of 128 x 128 tiles of one expert.
 // A producer warpgroup fills a ring of stages with rows of grad and input; two consumer warpgroups take turns at the
 // tiles: while one has its epilogue, the other multiplies. A factor whose rows stand in order is copied in boxes (TMA);
 // where both tiles of a pair need it, each block copies half of it to both. A gathered factor, and the last rows of an
 // expert, are copied row by row, with zeros behind them: no row of another expert is ever read. Both blocks of a pair
-// go through the same stages. A pair whose masks are zero is not computed. Sums run in the order of rows, tiles are
-// disjoint, no atomics: the same bits for any grid.
+// go through the same stages. A pair whose masks are zero is not computed. Before the products of a tile begin L2 is
+// asked for what its epilogue reads. Sums run in the order of rows, tiles are disjoint, no atomics: the same bits for
+// any grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
 #pragma once
 
 #include "cuda/exchange.cuh"
-#include "cuda/hopper.cuh"
 #include "cuda/wgrad_epilogue.cuh"
+#include "cuda/wgrad_factors.cuh"
 
 namespace moe_unlearn {
-
-/// A bfloat16 matrix [height, columns]: columns of stride 1, a multiple of 8; rows at 16-byte addresses.
-struct Factor {
-  const uint16_t* data;
-  int64_t height, columns, stride;  // stride of rows, in elements
-  const int64_t* rows;              // which row stands at each position; null: the position itself
-  bool boxed = false;               // copied in boxes; set by the launcher
-  hopper::Boxes boxes{};
-
-  bool fits() const {
-    const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride | columns) % 8 == 0;
-    return aligned && height <= INT32_MAX && columns <= INT32_MAX;
-  }
-  bool can_be_boxed() const { return !rows && height > 0 && columns > 0 && stride >= columns; }
-};
-
-/// What a gradient [experts, grad.columns, input.columns] is made of.
-struct Factors {
-  Factor grad, input;
-  const int64_t* bounds;  // [experts, 2] positions
-  int64_t experts;
-
-  MOE_UNLEARN_DEVICE int64_t start(int64_t expert) const { return bounds[2 * expert]; }
-  MOE_UNLEARN_DEVICE int64_t stop(int64_t expert) const { return bounds[2 * expert + 1]; }
-};
 
 /// The factor of which both tiles of a pair need the same columns, in boxes.
 enum class Shared : int { none, grad, input };
@@ -101,42 +77,43 @@ struct WgradPlan {
   }
 };
 
-template <class Epilogue>
-struct Wgrad {
+/// The loop over tiles and stages, which does not know what becomes of dW.
+struct WgradLoop {
   static constexpr int threads = WgradPlan::threads, resident = 1, cluster = 2;
   static constexpr int stages = WgradPlan::stages, depth = WgradPlan::depth, length = WgradPlan::length;
-
-  struct Arguments {
-    Factors f;
-    WgradPlan plan;
-    Epilogue epilogue;
-  };
+  static constexpr int lag = 1;  // stages between a copy and the word that it is there
 
   struct Barriers {
     hopper::Ring<stages> ring;
     uint64_t turn[2];  // of the consumers
     int64_t step[2];   // where a consumer's turn begins in the ring
+
+    MOE_UNLEARN_DEVICE void init() {
+      ring.init(WgradPlan::warpgroup, cluster * WgradPlan::warpgroup / warp_size);
+      for (uint64_t& barrier : turn) hopper::init_barrier(barrier, WgradPlan::warpgroup);
+      step[0] = 0;
+    }
   };
 
   /// How many stages a pair takes; the same in every warp of both blocks.
   template <class Group>
-  static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, int64_t pair) {
-    const int64_t expert = a.plan.tile(pair, 0).expert;
-    const int64_t steps = WgradPlan::steps(a.f.stop(expert) - a.f.start(expert));
-    const Rows& mask = a.epilogue.kept();
+  static MOE_UNLEARN_DEVICE int64_t count_steps(
+      const Group& group, const Factors& f, const WgradPlan& plan, const Rows& mask, int64_t pair) {
+    const int64_t expert = plan.tile(pair, 0).expert;
+    const int64_t steps = WgradPlan::steps(f.stop(expert) - f.start(expert));
     if (!mask) return steps;
     constexpr int words = length / word_bits;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
     for (int rank = 0; rank < cluster; ++rank) {
-      const auto tile = a.plan.tile(pair, rank);
+      const auto tile = plan.tile(pair, rank);
       for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
         const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
         uint32_t bits = 0;
-        if (row < a.f.grad.columns && column < mask.width)
+        if (row < f.grad.columns && column < mask.width)
           bits = *reinterpret_cast<const uint32_t*>(
-              mask.row(expert * a.f.grad.columns + row) + column * mask.stride);
+              mask.row(expert * f.grad.columns + row) + column * mask.stride);
         if (group.any(bits != 0)) return steps;
       }
     }
@@ -189,32 +166,31 @@ struct Wgrad {
     }
   };
 
-  template <class Group>
-  static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
-    constexpr int lag = 1;  // stages between a copy and the word that it is there
+  /// Copies the rows of an expert, from the stage of `step` on, which is counted on.
+  static MOE_UNLEARN_DEVICE void fill(
+      const Factors& f, const WgradPlan::Tile& tile, int thread, uint32_t memory, Barriers& barriers, int64_t& step) {
     const int rank = hopper::cluster_rank();
-    int64_t step = 0;
-    for (int64_t pair = group.block() / cluster; pair < a.plan.pairs; pair += group.blocks() / cluster) {
-      if (count_steps(group, a, pair) == 0) continue;
-      const auto tile = a.plan.tile(pair, rank);
-      const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
-      Source grad(a.f.grad, group.thread(), tile.row, tile.shared == Shared::grad);
-      Source input(a.f.input, group.thread(), tile.column, tile.shared == Shared::input);
-      grad.find_rows(start, stop), input.find_rows(start, stop);
-      for (int64_t first = start; first < stop; first += depth, ++step) {
-        const int stage = barriers.ring.stage(step);
-        barriers.ring.wait_until_empty(step);
-        const uint32_t to = memory + stage * WgradPlan::stage_bytes;
-        const bool whole = stop - first >= depth;
-        grad.copy(to, whole, first, barriers.ring.full[stage], rank);
-        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.ring.full[stage], rank);
-        hopper::commit_copies();
-        // the next stage's rows are looked up while this one's copies are on their way
-        grad.find_rows(first + depth, stop), input.find_rows(first + depth, stop);
-        hopper::wait_for_copies<lag>();
-        if (step >= lag) barriers.ring.publish(step - lag);
-      }
+    const int64_t start = f.start(tile.expert), stop = f.stop(tile.expert);
+    Source grad(f.grad, thread, tile.row, tile.shared == Shared::grad);
+    Source input(f.input, thread, tile.column, tile.shared == Shared::input);
+    grad.find_rows(start, stop), input.find_rows(start, stop);
+    for (int64_t first = start; first < stop; first += depth, ++step) {
+      const int stage = barriers.ring.stage(step);
+      barriers.ring.wait_until_empty(step);
+      const uint32_t to = memory + stage * WgradPlan::stage_bytes;
+      const bool whole = stop - first >= depth;
+      grad.copy(to, whole, first, barriers.ring.full[stage], rank);
+      input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.ring.full[stage], rank);
+      hopper::commit_copies();
+      // the next stage's rows are looked up while this one's copies are on their way
+      grad.find_rows(first + depth, stop), input.find_rows(first + depth, stop);
+      hopper::wait_for_copies<lag>();
+      if (step >= lag) barriers.ring.publish(step - lag);
     }
+  }
+
+  /// Publishes the last stages before `step`.
+  static MOE_UNLEARN_DEVICE void publish_rest(Barriers& barriers, int64_t step) {
     hopper::wait_for_copies<0>();
     for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) barriers.ring.publish(done);
   }
@@ -239,11 +215,74 @@ struct Wgrad {
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (lane < cluster && step > last - steps) barriers.ring.release_at(step - 1, lane);
+      if (step > last - steps) barriers.ring.release_at_all(step - 1, lane, cluster);
     }
     hopper::wait_for_products<0>();
-    if (lane < cluster && steps > 0) barriers.ring.release_at(step - 1, lane);
+    if (steps > 0) barriers.ring.release_at_all(step - 1, lane, cluster);
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
+  }
+
+  /// A block: barriers behind the stages and what consumers exchange, then one warpgroup produces and two consume.
+  template <class Kernel, class Group>
+  static MOE_UNLEARN_DEVICE void run_block(
+      [[maybe_unused]] const Group& group, [[maybe_unused]] const typename Kernel::Arguments& a,
+      [[maybe_unused]] unsigned char* shared) {
+#if defined(MOE_UNLEARN_HOPPER_CODE)
+    const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
+    const uint32_t memory = (start + alignment - 1) / alignment * alignment;
+    unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
+    auto& barriers = *reinterpret_cast<typename Kernel::Barriers*>(behind + Kernel::exchange_bytes);
+    if (group.thread() == 0) {
+      barriers.init();
+      hopper::fence_barriers();
+    }
+    hopper::sync_cluster();
+    if (group.thread() < WgradPlan::warpgroup) {
+      hopper::decrease_registers<WgradPlan::producer_registers>();
+      Kernel::produce(group, a, memory, barriers);
+    } else {
+      hopper::increase_registers<WgradPlan::consumer_registers>();
+      Kernel::consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
+    }
+    hopper::sync_cluster();  // nobody is reached after its end
+#endif
+  }
+};
+
+/// Each chunk of dW goes to the epilogue.
+template <class Epilogue>
+struct Wgrad : WgradLoop {
+  static constexpr int exchange_bytes = WgradPlan::exchange_bytes;
+
+  struct Arguments {
+    Factors f;
+    WgradPlan plan;
+    Epilogue epilogue;
+  };
+
+  /// Asks for what the epilogue of a tile reads, a row a thread, while products of the tile before are under way. Not
+  /// of short tiles, several of which the ring may hold: L2 could not.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void prefetch(
+      const Group& group, const Arguments& a, const WgradPlan::Tile& tile, int64_t steps) {
+    static_assert(WgradPlan::warpgroup == length);
+    if (steps < stages) return;
+    const int64_t rows = a.f.grad.columns, row = tile.row + group.thread(), left = a.f.input.columns - tile.column;
+    if (row >= rows || left <= 0) return;
+    a.epilogue.prefetch({tile.expert * rows + row, tile.column, static_cast<int>(left < length ? left : length)});
+  }
+
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
+    int64_t step = 0;
+    for (int64_t pair = group.block() / cluster; pair < a.plan.pairs; pair += group.blocks() / cluster) {
+      const int64_t steps = count_steps(group, a.f, a.plan, a.epilogue.kept(), pair);
+      if (steps == 0) continue;
+      const auto tile = a.plan.tile(pair, hopper::cluster_rank());
+      prefetch(group, a, tile, steps);
+      fill(a.f, tile, group.thread(), memory, barriers, step);
+    }
+    publish_rest(barriers, step);
   }
 
   /// The epilogue of `count` of a warp's rows of a tile from `first` on, which lie in its exchange.
@@ -279,7 +318,7 @@ struct Wgrad {
     if (self == 1) hopper::arrive(barriers.turn[0]);
     for (int64_t pair = group.block() / cluster + self * clusters; pair < a.plan.pairs; pair += 2 * clusters) {
       const auto tile = a.plan.tile(pair, hopper::cluster_rank());
-      const int64_t steps = count_steps(group, a, pair);
+      const int64_t steps = count_steps(group, a.f, a.plan, a.epilogue.kept(), pair);
       hopper::wait(barriers.turn[self], turn++ & 1);
       const int64_t step = barriers.step[self];
       multiply(sum, step, steps, memory, barriers, lane);
@@ -306,30 +345,8 @@ struct Wgrad {
   }
 
   template <class Group>
-  static MOE_UNLEARN_DEVICE void run(
-      [[maybe_unused]] const Group& group, [[maybe_unused]] const Arguments& a,
-      [[maybe_unused]] unsigned char* shared) {
-#if defined(MOE_UNLEARN_HOPPER_CODE)
-    const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
-    const uint32_t memory = (start + alignment - 1) / alignment * alignment;
-    unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
-    auto& barriers = *reinterpret_cast<Barriers*>(behind + WgradPlan::exchange_bytes);
-    if (group.thread() == 0) {
-      barriers.ring.init(WgradPlan::warpgroup, cluster * WgradPlan::warpgroup / warp_size);
-      for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, WgradPlan::warpgroup);
-      barriers.step[0] = 0;
-      hopper::fence_barriers();
-    }
-    hopper::sync_cluster();
-    if (group.thread() < WgradPlan::warpgroup) {
-      hopper::decrease_registers<WgradPlan::producer_registers>();
-      produce(group, a, memory, barriers);
-    } else {
-      hopper::increase_registers<WgradPlan::consumer_registers>();
-      consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
-    }
-    hopper::sync_cluster();  // nobody is reached after its end
-#endif
+  static MOE_UNLEARN_DEVICE void run(const Group& group, const Arguments& a, unsigned char* shared) {
+    run_block<Wgrad>(group, a, shared);
   }
 };
 
@@ -343,14 +360,9 @@ cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t strea
   cudaError_t error = get_device(device);
   if (error == cudaSuccess) error = hopper::is_compiled<Kernel>(compiled, 2 * 64);
   if (error != cudaSuccess) return error;
-  if (device.capability != 90 || !compiled || !f.grad.fits() || !f.input.fits()) return cudaErrorNotSupported;
-  for (Factor* const factor : {&f.grad, &f.input}) {
-    if (!factor->can_be_boxed()) continue;
-    const Matrices rows{factor->data, factor->height, factor->columns, factor->stride};
-    error = hopper::make_boxes(factor->boxes, rows, WgradPlan::depth);
-    if (error != cudaSuccess) return error;
-    factor->boxed = true;
-  }
+  if (device.capability != 90 || !compiled || !f.fit()) return cudaErrorNotSupported;
+  error = f.make_boxes(WgradPlan::depth);
+  if (error != cudaSuccess) return error;
   const WgradPlan plan(
       f.experts, f.grad.columns, f.input.columns, f.grad.boxed, f.input.boxed, device.multiprocessors);
   return launch<Kernel>({f, plan, epilogue}, plan.blocks, WgradPlan::shared_bytes, stream);

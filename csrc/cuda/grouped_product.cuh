@@ -186,11 +186,6 @@ struct GroupedProduct {
     for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) barriers.ring.publish(done);
   }
 
-  /// Both blocks may fill the stage again, as far as this warp goes.
-  static MOE_UNLEARN_DEVICE void release(Barriers& barriers, int64_t step, int lane) {
-    if (lane < cluster) barriers.ring.release_at(step, lane);
-  }
-
   /// sum = the products of the tile's first `parts` times 64 rows, from the stages of step and the following.
   template <int parts>
   static MOE_UNLEARN_DEVICE void multiply(
@@ -213,10 +208,10 @@ struct GroupedProduct {
       }
       hopper::commit_products();
       hopper::wait_for_products<1>();  // the stage before has been read
-      if (step > last - steps) release(barriers, step - 1, lane);
+      if (step > last - steps) barriers.ring.release_at_all(step - 1, lane, cluster);
     }
     hopper::wait_for_products<0>();
-    if (steps > 0) release(barriers, step - 1, lane);
+    if (steps > 0) barriers.ring.release_at_all(step - 1, lane, cluster);
     hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 
@@ -240,7 +235,7 @@ struct GroupedProduct {
       } else {
         for (int32_t i = 0; i < steps; ++i) {
           barriers.ring.wait_until_full(step + i);
-          release(barriers, step + i, lane);
+          barriers.ring.release_at_all(step + i, lane, cluster);
         }
       }
       hopper::arrive(barriers.turn[self ^ 1]);

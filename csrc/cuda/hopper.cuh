@@ -132,6 +132,11 @@ MOE_UNLEARN_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/// Asks L2 for `bytes` from a 16-byte address on, a multiple of 16.
+MOE_UNLEARN_DEVICE void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 /// A matrix of bfloat16 from which boxes of [rows of a box, 64] are copied.
 using Boxes = CUtensorMap;
 
@@ -297,8 +302,10 @@ struct Ring {
     arrive(full[stage(step)]);
   }
   MOE_UNLEARN_DEVICE void release(int64_t step) { arrive(empty[stage(step)]); }
-  /// The stage of a block of the cluster, which others fill too.
-  MOE_UNLEARN_DEVICE void release_at(int64_t step, int rank) { arrive_at(empty[stage(step)], rank); }
+  /// For a warp, all of whose lanes call: the stage of each block of the cluster, which all of them fill.
+  MOE_UNLEARN_DEVICE void release_at_all(int64_t step, int lane, int cluster) {
+    if (lane < cluster) arrive_at(empty[stage(step)], lane);
+  }
 };
 
 }  // namespace moe_unlearn::hopper

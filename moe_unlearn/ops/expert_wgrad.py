@@ -358,6 +358,5 @@ for _name, _reference, _kernel, _launcher in (
 ):
     backend.register(_name, "ref", _reference)
     native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}")
-    if _kernel != "inner":
-        native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}_cuda", "cuda")
+    native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}_cuda", "cuda")
     backend.register(_name, "triton", f"moe_unlearn.triton_kernels.expert_wgrad:{_launcher}")

@@ -1,11 +1,13 @@
 """Mutants of the kernels: small wrong versions of them, each of which some test must notice.
 
 Every file is mutated mechanically, one edit at a time. A seed draws a few mutants of each file, evenly over the kinds
-of edit. Each runs in a forked child on a copy of the kernels, up to the first failing test. One that no compiler
-accepts counts for nothing; one that changes nothing stands in `tests/mutants/equivalent.py`, with the reason.
+of edit; `tests/mutants/breakages.py` names what no edit expresses. Each runs in a forked child on a copy of the
+kernels, up to the first failing test. One that no compiler accepts counts for nothing; one that changes nothing stands
+in `tests/mutants/equivalent.py`, with the reason.
 
     python -m tests.mutants                        all, recorded in benchmarks/results/mutants.json
-    python -m tests.mutants --family native        those of C++ and CUDA, recorded beside the Triton kernels'
+    python -m tests.mutants --family cuda          those of CUDA in emulated threads, and named breakages of Hopper's
+    python -m tests.mutants --family native        those of C++, recorded beside the Triton kernels'
     python -m tests.mutants --again                the recorded survivors, after a test was added
     python -m tests.mutants --sample 10 --seed 7   ten of each language
     python -m tests.mutants --only gram --list     those of the files of this name, not run
@@ -18,10 +20,10 @@ import subprocess
 import sys
 import time
 
-from tests.mutants import native, runs, triton
+from tests.mutants import cuda, native, runs, triton
 from tests.mutants.mutant import ROOT, Family, Mutant
 
-FAMILIES: dict[str, Family] = {"triton": triton, "native": native}
+FAMILIES: dict[str, Family] = {"triton": triton, "native": native, "cuda": cuda}
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 
 

@@ -41,7 +41,7 @@ class DoesNotBuild(Exception):
 
 
 class Family(Protocol):
-    """The kernels of one language: `tests.mutants.triton` and `tests.mutants.native` are modules of this shape."""
+    """The kernels of one language: the modules `triton`, `native` and `cuda` of `tests.mutants` have this shape."""
 
     def files(self) -> list[Path]:
         """Return the files that are mutated."""

@@ -1,5 +1,7 @@
 """Mutants of the native kernels: the bodies of the functions in `csrc/`, by rules over their tokens.
 
+Drawn here are those of the CPU's kernels and of what both libraries share; `tests.mutants.cuda` draws CUDA's.
+
 Each is built in a copy of `csrc/`, where only what it changes is compiled: the CPU library with the mutated op in it,
 or the CUDA kernels of one op for emulated threads. Then the op's tests run on that build. A header is mutated for every
 op that includes it, up to the first that notices. -O1 compiles fast; contraction is off, so that it changes no bit.
@@ -22,7 +24,7 @@ from tests.mutants.mutant import ROOT, DoesNotBuild, Mutant, in_turn
 
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "mutants"  # of the sources as they are, by what is in them
-PER_FILE = 2
+PER_FILE = 3
 GIGABYTES = 8  # that a mutant may allocate
 TESTS = ROOT / "tests" / "native"
 FLAGS = "-std=c++20 -O1 -g0 -w -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000".split()
@@ -43,11 +45,15 @@ class Stage(NamedTuple):
     arguments: tuple[str, ...]
 
 
-def files() -> list[Path]:
-    """Return the sources that have functions, without the CUDA ones where nothing can compile those."""
+def sources(folder: Path) -> list[Path]:
+    """Return the sources of a folder that have functions."""
     suffixes = (".cpp", ".h", ".cu", ".cuh")
-    found = [path for path in sorted(CSRC.rglob("*")) if path.suffix in suffixes and path.stem != "registration"]
-    return [path for path in found if "cuda" not in path.parts or has_nvcc()]
+    return [path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.stem != "registration"]
+
+
+def files() -> list[Path]:
+    """Return the sources of the CPU library."""
+    return sources(CSRC) + sources(CSRC / "cpu")
 
 
 @functools.cache
@@ -66,12 +72,17 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 def drawn(seed: int = 0) -> list[Mutant]:
     """Return PER_FILE mutants of each file."""
+    return drawn_of(files(), PER_FILE, seed)
+
+
+def drawn_of(paths: list[Path], count: int, seed: int) -> list[Mutant]:
+    """Return `count` mutants of each of these files."""
     chosen = []
-    for path in files():
+    for path in paths:
         generator = random.Random(f"{path.name} {seed}")
         mutants = mutants_of(path)
         generator.shuffle(mutants)  # else every file would begin with the kinds its text begins with
-        chosen += in_turn(mutants, generator, PER_FILE)
+        chosen += in_turn(mutants, generator, count)
     return chosen
 
 
@@ -135,7 +146,15 @@ def _nvcc():
 
 
 def prepare() -> None:
-    """Import the tests, as if the CPU library were there: each run loads its own. Compile the sources as they are."""
+    """Do `import_tests`, and compile the CPU's sources as they are."""
+    import_tests()
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    for source in _cpu_sources(CSRC):
+        compiled(source, CSRC, OBJECTS)
+
+
+def import_tests() -> None:
+    """Import the tests, as if the CPU library were there: each run loads its own."""
     import torch
 
     assert "moe_unlearn" not in sys.modules, "the true library was loaded before the fork"
@@ -147,9 +166,6 @@ def prepare() -> None:
         importlib.import_module("tests.native.test_cuda")
     finally:
         torch.ops.load_library = load
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    for source in _cpu_sources(CSRC):
-        compiled(source, CSRC, OBJECTS)
 
 
 def _cpu_sources(csrc: Path) -> list[Path]:

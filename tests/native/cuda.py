@@ -47,8 +47,10 @@ class EmulatedOps:
 
     def __init__(self, library: Path):
         torch.ops.load_library(library)
-        self._emulate = ctypes.CDLL(str(library)).emulate
+        loaded = ctypes.CDLL(str(library))
+        self._emulate, self._prefetched = loaded.emulate, loaded.prefetched
         self._emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int]
+        self._prefetched.restype = ctypes.POINTER(ctypes.c_int64)
 
     def __getattr__(self, name: str):
         return getattr(torch.ops.moe_unlearn_emulated, name)
@@ -57,3 +59,9 @@ class EmulatedOps:
         self, multiprocessors: int = 3, shared_limit: int = 227 * 1024, seed: int = 0, capability: int = 90
     ) -> None:
         self._emulate(multiprocessors, shared_limit, seed, capability)
+
+    def prefetched(self) -> list[tuple[int, int]]:
+        """Return the address and bytes of each prefetch since `emulate`."""
+        count = ctypes.c_int64()
+        numbers = self._prefetched(ctypes.byref(count))[: count.value]
+        return list(zip(numbers[::2], numbers[1::2], strict=True))

@@ -134,6 +134,15 @@ inline void fence_writes() {
   for (const auto& copy : std::exchange(current->landed, {})) copy();
 }
 
+/// Notes what is asked for, and reads it, so that memory which is not there shows.
+inline void prefetch(const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes <= 0 || bytes % 16 != 0)
+    emulation::failure = "a prefetch that is not aligned";
+  const auto* const data = static_cast<const volatile char*>(from);
+  for (int i = 0; i < bytes; i += 16) static_cast<void>(data[i]);
+  emulation::prefetched.insert(emulation::prefetched.end(), {reinterpret_cast<int64_t>(from), bytes});
+}
+
 struct Boxes {
   const uint16_t* data;
   int64_t rows, columns, stride, count, apart;

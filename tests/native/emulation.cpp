@@ -19,6 +19,13 @@ const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated l
     int multiprocessors, int64_t shared_limit, uint32_t seed, int capability) {
   moe_unlearn::emulation::device = {multiprocessors, shared_limit, capability};
   moe_unlearn::emulation::seed = seed;
+  moe_unlearn::emulation::prefetched.clear();
+}
+
+/// What L2 was asked for since `emulate`, as pairs of an address and bytes.
+[[gnu::visibility("default")]] const int64_t* prefetched(int64_t* count) {
+  *count = static_cast<int64_t>(moe_unlearn::emulation::prefetched.size());
+  return moe_unlearn::emulation::prefetched.data();
 }
 }
 

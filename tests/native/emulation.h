@@ -80,6 +80,7 @@ inline Barrier grid_barrier;
 inline int64_t grid_size = 0;
 inline const char* failure = nullptr;
 inline std::vector<std::function<void()>> in_flight;  // done by nobody's thread, at any time
+inline std::vector<int64_t> prefetched;               // an address and bytes each, until it is cleared
 
 inline void meet(Barrier& barrier) {
   if (++barrier.arrived == barrier.members) {

@@ -228,11 +228,11 @@ struct PairProduct {
       hopper::multiply(sum, SwappedTile::operand(a, depth), SwappedTile::operand(a + left_bytes, depth));
       hopper::commit_products();
       hopper::wait_for_products<0>();
-      if (lane != 0) continue;
-      for (int block = 0; block < 2; ++block)
-        if (flaw != PairFlaw::own_release_only || block == rank)
-          ring.release_at(step, flaw == PairFlaw::rank ? 2 * block : block);
-      if (flaw == PairFlaw::release_twice && warp == 0) ring.release(step);
+      if (flaw != PairFlaw::own_release_only && flaw != PairFlaw::rank)
+        ring.release_at_all(step, lane, cluster);
+      else if (lane < cluster && (flaw == PairFlaw::rank || lane == rank))
+        hopper::arrive_at(ring.empty[ring.stage(step)], flaw == PairFlaw::rank ? 2 * lane : lane);
+      if (flaw == PairFlaw::release_twice && warp == 0 && lane == 0) ring.release(step);
     }
     for (int i = 0; i < 64; ++i) {
       const int m = warp * 16 + lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -269,7 +269,7 @@ std::string run_pair() {
   typename Pair::Arguments arguments{{}, {}, product[0]};
   hopper::make_boxes(arguments.a, Matrices{a[0], all, rows, rows, 2, all * rows}, depth);
   hopper::make_boxes(arguments.b, Matrices{b, all, columns, columns}, depth);
-  for (uint32_t seed = 0; seed < 10; ++seed) {
+  for (uint32_t seed = 0; seed < 40; ++seed) {
     emulation::seed = seed;
     std::fill_n(product[0], 2 * rows * columns, -1.0f);
     try {

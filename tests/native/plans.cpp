@@ -10,6 +10,7 @@
 #include "cuda/retain_weights.cuh"
 #include "cuda/route.cuh"
 #include "cuda/weight_score.cuh"
+#include "cuda/wgrad_inner.cuh"
 
 using namespace moe_unlearn;
 
@@ -92,6 +93,7 @@ void check_pairs(int64_t experts, int64_t rows, int64_t columns, bool grad_boxed
   const int64_t row_tiles = (rows + length - 1) / length, column_tiles = (columns + length - 1) / length;
   const WgradPlan plan(experts, rows, columns, grad_boxed, input_boxed, 133);
   CHECK(plan.pairs == experts * ((row_tiles * column_tiles + 1) / 2));
+  CHECK(WgradInner::parts_of_expert(rows, columns) == plan.pairs_of_expert * 2 * 4);  // blocks of a pair, warps
   CHECK(plan.blocks == 2 * std::min<int64_t>(plan.pairs, 66));
   std::vector<int> seen(static_cast<size_t>(experts * row_tiles * column_tiles));
   int64_t sharing = 0;
@@ -149,6 +151,9 @@ void check_wgrad() {
   CHECK(WgradPlan(1, 384, 256, true, true, 4).tile(0, 0).shared == Shared::grad);
   CHECK(WgradPlan(1, 256, 256, true, true, 1).blocks == 2 && WgradPlan(1, 256, 256, true, true, 3).blocks == 2);
   CHECK(WgradPlan::shared_bytes <= 227 * 1024);
+  const size_t before_barriers = WgradPlan::alignment + WgradPlan::stages * WgradPlan::stage_bytes;
+  CHECK(WgradPlan::shared_bytes == before_barriers + WgradPlan::exchange_bytes + sizeof(WgradLoop::Barriers));
+  CHECK(WgradInner::shared_bytes == before_barriers + WgradInner::exchange_bytes + sizeof(WgradInner::Barriers));
   CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(-100) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
   // a box of the producer's is one block of a stage's tile, and 16 rows of it begin where swapping does
   CHECK(SwappedTile::row_bytes * 8 == WgradPlan::alignment && WgradPlan::depth % 16 == 0);

@@ -2,6 +2,7 @@
 bindings and launchers, run in emulated threads, has the bits of the reference for any GPU and order of threads."""
 
 import importlib.util
+import itertools
 import math
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from moe_unlearn.backend import Unfit
+from moe_unlearn.ops import expert_wgrad
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_, expert_wgrad_sgd_
+from moe_unlearn.ops.masked_update import SGD, AdamW, Update
 from moe_unlearn.ops.native import expert_mlp as mlp_glue
 from moe_unlearn.ops.native.expert_wgrad import _check_hopper
 from moe_unlearn.regress import ledger, nvcc, sass, static
@@ -30,10 +34,10 @@ from tests.support.impls import CPU, REF
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# what the ops of Hopper multiply by, and what copies their boxes
+# what the ops of Hopper multiply by, what copies their boxes, and what asks L2 ahead
 HOPPER = {
     "expert_mlp": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.3D", "UTMALDG.3D.MULTICAST"),
-    "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.2D.MULTICAST"),
+    "expert_wgrad": ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UBLKPF.L2"),
 }
 CUDA = replace(CPU, kind="cuda")  # emulated, on a machine with a GPU too: see the fixture `gpu`
 
@@ -255,6 +259,83 @@ def test_wgrad_updates_of_several_tiles(gpu):
     wgrad.check_update(CUDA, "adamw decay", "bf16 stochastic", wgrad.factors((40, 136)))
     wgrad.check_update(CUDA, "sgd nesterov", "bf16 master", wgrad.factors((136, 8)), experts=None, layout="transposed")
     wgrad.check_update(CUDA, "adamw decay", "bf16 packed stochastic", wgrad.factors((136, 200)))
+
+
+@pytest.mark.parametrize(("numerics", "masked"), [("bf16", False), ("bf16 master", True), ("bf16 packed", True)])
+def test_wgrad_asks_for_what_its_epilogue_reads_and_nothing_else(gpu, numerics, masked):
+    """Once each row of a tile with a mask bit: of experts that fill the ring, weights and what is not packed."""
+    width = 256 if "packed" in numerics else 264  # rows of codes and scales that are multiples of 16 bytes too
+    made = wgrad.factors((40, width), tokens=400)
+    experts = [3, 1, 0]
+    kept = wgrad.keep(3, 40, width) if masked else torch.ones(3, 40, width, dtype=torch.bool)
+    weight = torch.zeros(wgrad.E, 40, width, dtype=BF16)
+    master = torch.zeros(kept.shape) if "master" in numerics else None
+    state = [torch.zeros(kept.shape, dtype=F32 if "master" in numerics else BF16) for _ in range(2)]
+    own = [(weight, experts), (master, range(3)), *((moment, range(3)) for moment in state)]
+    if "packed" in numerics:
+        own, state = own[:1], [update_cases.packed(moment.float(), second=i == 1) for i, moment in enumerate(state)]
+    stages = [-(-int(rows) // 64) for rows in made.expert_offsets.diff()]
+    assert {stages[e] >= 4 for e in experts} == {True, False}
+    expected = []
+    for listed, e in enumerate(experts):
+        for row, column in itertools.product(range(40), range(0, width, 128) if stages[e] >= 4 else ()):
+            if kept[listed, row, column : column + 128].any():
+                places = [t[at[listed], row, column : column + 128] for t, at in own if t is not None]
+                expected += [(place.data_ptr(), place.nbytes) for place in places]
+    gpu.emulate()
+    arguments = {"experts": torch.tensor(experts), "mask": wgrad.words_of(kept) if masked else None, "master": master}
+    expert_wgrad_adamw_(weight, *state, made, AdamW(lr=0.1), Update(step=1), impl="cpu", **arguments)
+    assert expected and sorted(gpu.prefetched()) == sorted(expected)
+
+
+def test_wgrad_asks_for_what_it_adds_to_and_no_state_that_its_rule_leaves_alone(gpu):
+    made, out = wgrad.factors((40, 136), pattern="one_expert", tokens=260), torch.zeros(wgrad.E, 40, 136)
+    e, buffer = int(made.expert_offsets.diff().argmax()), torch.zeros_like(out)
+    rows = [out[e, row, column : column + 128] for row in range(40) for column in (0, 128)]
+    gpu.emulate()
+    wgrad.store(CUDA, made, out_dtype=F32)
+    assert gpu.prefetched() == []
+    for ask in (
+        lambda: expert_wgrad(*made[:3], input_rows=made.input_rows, out=out, impl="cpu"),
+        lambda: expert_wgrad_sgd_(out, buffer, made, SGD(lr=0.1), Update(step=1), impl="cpu"),
+    ):
+        gpu.emulate()
+        ask()
+        assert sorted(gpu.prefetched()) == sorted((row.data_ptr(), row.nbytes) for row in rows)
+
+
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
+def test_wgrad_inner_products_in_many_orders_of_threads(gpu, indexed):
+    """6 tiles, experts of more stages than the ring has, with less than one and none, of one gradient or of both."""
+    sides = [("neither", "skewed", 120), (indexed, "half_empty", 330)]
+    gradients = [
+        wgrad.scattered(wgrad.factors((136, 264), pattern=pattern, tokens=tokens, exact=True), side)
+        for side, pattern, tokens in sides
+    ]
+    rows = torch.stack([one.expert_offsets.diff() for one in gradients])
+    assert rows.max() > 5 * 64 > 64 > rows.min() == 0 < rows.amax(0).min()
+    kept = wgrad.keep(wgrad.E, 136, 264)
+    kept[1, :, 128:] = False
+    for seed in range(4):
+        gpu.emulate(1 + seed, seed=seed)
+        wgrad.check_inner(CUDA, gradients[:: 1 if seed % 2 else -1], kept if seed > 1 else None)
+
+
+def test_wgrad_inner_products_of_three_gradients_and_of_one(gpu):
+    gradients = [wgrad.scattered(wgrad.factors((264, 8), exact=True, seed=i), "grad") for i in range(3)]
+    for seed, some in enumerate((gradients, gradients[:1])):
+        gpu.emulate(2, seed=seed)
+        wgrad.check_inner(CUDA, some)
+
+
+def test_wgrad_inner_products_leave_out_what_has_no_bit_or_lies_beyond(gpu):
+    """An infinite row of dW without a bit, whose words have some behind the last column; and a column of one expert."""
+    kept = torch.ones(wgrad.E, 40, 136, dtype=torch.bool)
+    kept[:, 5], kept[0, :, 7] = False, False
+    gradients = [wgrad.scattered(wgrad.factors((40, 136), exact=True, seed=i), "neither") for i in range(2)]
+    for one in gradients:
+        one.grad[:, 5], one.input[0, 7] = torch.inf, torch.inf
+    wgrad.check_inner(CUDA, gradients, kept)
 
 
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):

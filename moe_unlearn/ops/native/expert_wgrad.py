@@ -1,7 +1,7 @@
 """Calls csrc/*/expert_wgrad.*, with dense int64 indices and the row bounds of the listed experts.
 
 The kernels have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
-bfloat16 factors, and has no inner products.
+bfloat16 factors.
 """
 
 from typing import Any
@@ -60,12 +60,10 @@ def adamw(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | 
 
 def inner(grads: list[Tensor], *operands: Any) -> Tensor:
     *others, experts, mask = operands
-    gradients = [Factors(*one) for one in zip(grads, *others, strict=True)]
-    sides = []
-    for factors in gradients:
-        rows = {name: _positions(factors) for name in ("grad_rows", "input_rows") if getattr(factors, name) is None}
-        sides.append(_operands(factors._replace(**rows), experts))
-    out = grads[0].new_empty(len(sides[0][2]), len(sides), len(sides), dtype=torch.float64)
+    gradients = [_operands(Factors(*one), experts) for one in zip(grads, *others, strict=True)]
+    out = grads[0].new_empty(len(gradients[0][2]), len(gradients), len(gradients), dtype=torch.float64)
+    none = out.new_empty(0, dtype=torch.int64)  # stands for absent rows in a list
+    sides = [(*made[:3], *(none if rows is None else rows for rows in made[3:])) for made in gradients]
     torch.ops.moe_unlearn_native.expert_wgrad_inner_(out, *map(list, zip(*sides, strict=True)), mask)
     return out
 
@@ -82,10 +80,6 @@ def _operands(factors: Factors, experts: Tensor | None) -> tuple[Tensor, Tensor,
 
 def _listed(weight: Tensor, experts: Tensor | None) -> Tensor:
     return torch.arange(len(weight), device=weight.device) if experts is None else experts.long().contiguous()
-
-
-def _positions(factors: Factors) -> Tensor:
-    return torch.arange(max(len(factors.grad), len(factors.input)))
 
 
 def _check_hopper(capability: tuple[int, int], *factors: Tensor) -> None:
@@ -131,3 +125,8 @@ def adamw_cuda(weight: Tensor, *operands: Any) -> None:
     _, _, _, grad, input, *_ = operands
     _check_update(weight, grad, input)
     adamw(weight, *operands)
+
+
+def inner_cuda(grads: list[Tensor], inputs: list[Tensor], *operands: Any) -> Tensor:
+    _check_gpu(*grads, *inputs)
+    return inner(grads, inputs, *operands)

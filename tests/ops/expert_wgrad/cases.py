@@ -4,7 +4,7 @@ import torch
 
 from moe_unlearn.ops import expert_wgrad, expert_wgrad_ref, masked_adamw_, masked_sgd_, route
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_inner, expert_wgrad_sgd_
 from moe_unlearn.testing import integers, poison, routing
 from tests.ops.masked_update.cases import NUMERICS as OF_UPDATES
 from tests.ops.masked_update.cases import PACKED, bits, packed
@@ -101,6 +101,16 @@ def store(impl: Impl, made: Factors, **options) -> torch.Tensor:
     with poison():
         out = expert_wgrad(*made[:3], grad_rows=made.grad_rows, input_rows=made.input_rows, impl=impl.name, **options)
     return out.cpu()
+
+
+def check_inner(impl: Impl, gradients: list[Factors], kept: torch.Tensor | None = None) -> None:
+    """Assert that the inner products of gradients of integers are exact, where their bits are kept, and not all 0."""
+    whole = torch.stack([gold(one) for one in gradients], 1).flatten(2)
+    if kept is not None:
+        whole = torch.where(kept.flatten(1)[:, None], whole, 0)
+    mask = None if kept is None else words_of(kept).to(impl.device)
+    got = expert_wgrad_inner([on_device(impl, one) for one in gradients], mask=mask, impl=impl.name).cpu()
+    assert got.dtype == F64 and got.any() and torch.equal(got, whole @ whole.mT)
 
 
 def keep(*shape, seed=0) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tests.ops.expert_wgrad.cases import (
     ODD,
     SHAPE,
     E,
+    check_inner,
     factors,
     gold,
     keep,
@@ -30,7 +31,6 @@ from tests.support.impls import REF, impls
 
 pytestmark = pytest.mark.quick
 IMPLS = impls("expert_wgrad")
-INNER = tuple(kind for kind in IMPLS if kind != "cuda")  # CUDA has no inner products
 SHAPES, ROWS = (SHAPE, ODD), 80
 
 
@@ -155,14 +155,13 @@ def test_nothing_to_do(impl):
     assert store(impl, without._replace(grad=without.grad[:, :0])).shape == (E, 0, SHAPE[1])
     assert store(impl, factors(tokens=1, top_k=1)).any()
     without, none = impl.moved((without, none))
-    if impl.kind in INNER:
-        assert not expert_wgrad_inner([without] * 2, impl=impl.name).any()
-        assert expert_wgrad_inner([without] * 2, experts=none, impl=impl.name).shape == (0, 2, 2)
-        without = without._replace(grad=without.grad[:, :0])
-        assert not expert_wgrad_inner([without] * 2, impl=impl.name).any()
+    assert not expert_wgrad_inner([without] * 2, impl=impl.name).any()
+    assert expert_wgrad_inner([without] * 2, experts=none, impl=impl.name).shape == (0, 2, 2)
+    without = without._replace(grad=without.grad[:, :0])
+    assert not expert_wgrad_inner([without] * 2, impl=impl.name).any()
 
 
-@pytest.mark.parametrize("impl", INNER, indirect=True)
+@pytest.mark.parametrize("impl", [kind for kind in IMPLS if kind != "cuda"], indirect=True)
 def test_float64_goes_to_the_reference(impl):
     made, out = factors(dtype=F64), torch.ones(E, *SHAPE, dtype=F64)
     assert torch.equal(store(impl, made), store(REF, made))
@@ -175,23 +174,19 @@ def test_float64_goes_to_the_reference(impl):
 # ---- Inner products ----------------------------------------------------------------------------------------
 
 
-@cover(indirect=["impl"], impl=INNER, m=(1, 2, 3, 4), dtype=DTYPES, shape=SHAPES)
+@cover(takes, indirect=["impl"], impl=IMPLS, m=(1, 2, 3, 4), dtype=DTYPES, shape=SHAPES)
 def test_inner_products_are_exact_on_integers_and_masked(shape, dtype, m, impl):
     gradients = [factors(shape, dtype, pattern, exact=True, seed=i) for i, pattern in enumerate(ROUTINGS[:m])]
     gradients[0] = scattered(gradients[0], "grad")
     kept = keep(E, *shape)
     kept[2] = False
-    whole = torch.stack([gold(one) for one in gradients], 1).flatten(2)
-    masked, listed = torch.where(kept.flatten(1)[:, None], whole, 0), torch.tensor([3, 0])
-    there, options = impl.moved(gradients), {"mask": impl.moved(words_of(kept)), "impl": impl.name}
-    got = expert_wgrad_inner(there, **options).cpu()
-    assert got.dtype == F64 and got.any() and torch.equal(got, masked @ masked.mT)
-    assert torch.equal(
-        expert_wgrad_inner(there, experts=impl.moved(listed), impl=impl.name).cpu(), (whole @ whole.mT)[listed]
-    )
+    check_inner(impl, gradients, kept)
+    whole, listed = torch.stack([gold(one) for one in gradients], 1).flatten(2), torch.tensor([3, 0])
+    got = expert_wgrad_inner(impl.moved(gradients), experts=impl.moved(listed), impl=impl.name).cpu()
+    assert torch.equal(got, (whole @ whole.mT)[listed])
 
 
-@cover(indirect=["impl"], impl=INNER, dtype=DTYPES)
+@cover(takes, indirect=["impl"], impl=IMPLS, dtype=DTYPES)
 def test_inner_product_accuracy(dtype, impl):
     made = [factors(dtype=dtype, seed=i) for i in range(3)]
     wide = [Factors(*(t.double() if t is not None and t.is_floating_point() else t for t in one)) for one in made]
@@ -209,8 +204,7 @@ def test_compiles_without_a_graph_break_and_runs_agree(impl):
     def function():
         out = torch.ones(E, *SHAPE, device=impl.device)
         expert_wgrad(*made[:3], out=out, mask=words, **rest)
-        inner = [expert_wgrad_inner([made] * 2, impl=impl.name)] if impl.kind in INNER else []
-        return out, expert_wgrad(*made[:3], **rest), *inner
+        return out, expert_wgrad(*made[:3], **rest), expert_wgrad_inner([made] * 2, impl=impl.name)
 
     runs = [function(), function(), torch.compile(function, fullgraph=True, backend="aot_eager")()]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))

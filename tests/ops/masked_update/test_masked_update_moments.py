@@ -139,6 +139,15 @@ def test_blocks_without_a_bit_keep_their_bytes_and_masked_zeros_stay(rule, impl)
         assert not left[off].any() and left[mask[rows]].any()
 
 
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_a_block_of_which_no_moment_is_left_has_scale_0(impl):
+    """Without decay the first moment is the gradient, which is 0; the last block has 5 elements, and room for 59."""
+    common, state = inputs("fp32 packed", (3, 69), masked=False)
+    assert state[0].any()
+    actual = check(impl, adamw, common | {"grad": torch.zeros(3, 69)}, state, betas=(0.0, 0.9))
+    assert not actual[1].any() and actual[2].any()
+
+
 @cover(indirect=["impl"], impl=IMPLS, state=(BF16, PACKED))
 def test_shards_and_slices_have_the_bits_of_the_whole(state, impl):
     param, grad, (m, v) = randn(9, 4, 70, dtype=BF16), randn(9, 4, 70, seed=1), moments((9, 4, 70), state)
