@@ -81,7 +81,7 @@ def test_the_matrix_has_every_cuda_test_a_sample_of_the_triton_ones_and_nothing_
 @pytest.mark.slow
 def test_memcheck_has_some_fifty_cuda_tests(collections):
     found, _ = collections[1]
-    assert found.keys() <= {CUDA_TESTS, *CLAIMS} and 25 <= sum(found.values()) <= 60
+    assert found.keys() <= {CUDA_TESTS, *CLAIMS} and 25 <= sum(found.values()) <= 65
 
 
 @pytest.mark.quick

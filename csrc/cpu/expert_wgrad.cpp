@@ -275,7 +275,9 @@ MOE_UNLEARN_INLINE void inner_block(
 }
 
 /// A list has no optional tensors.
-std::optional<Tensor> given(const Tensor& rows) { return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt; }
+std::optional<Tensor> given(const Tensor& rows) {
+  return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt;
+}
 
 /// out [listed, m, m] float64, from one gradient after the other in lists of m; rows of none: the positions themselves.
 void expert_wgrad_inner_(

@@ -23,7 +23,9 @@ Factors factors(
 }
 
 /// A list has no optional tensors.
-std::optional<Tensor> given(const Tensor& rows) { return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt; }
+std::optional<Tensor> given(const Tensor& rows) {
+  return rows.numel() > 0 ? std::optional<Tensor>(rows) : std::nullopt;
+}
 
 void expert_wgrad_(
     const Tensor& out, const Tensor& grad, const Tensor& input, const Tensor& bounds,

@@ -1,6 +1,6 @@
-// The inner products of two gradients of expert_wgrad on Hopper: neither dW is stored. Each consumer has the tiles of one
-// gradient. The first hands its tile over through shared memory, in the order in which threads hold it, and the second
-// multiplies it by its own. Products are exact in float64; sums run in one order: the same bits for any grid.
+// The inner products of two gradients of expert_wgrad on Hopper: neither dW is stored. Each consumer has the tiles of
+// one gradient. The first hands its tile over through shared memory, in the order in which threads hold it, and the
+// second multiplies it by its own. Products are exact in float64; sums run in one order: the same bits for any grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
@@ -62,7 +62,8 @@ struct WgradInner : WgradLoop {
   }
 
   /// Sets to 0 what the mask leaves out, and what lies beyond dW.
-  static MOE_UNLEARN_DEVICE void clear(float (&sum)[2][64], const Arguments& a, const WgradPlan::Tile& tile, int thread) {
+  static MOE_UNLEARN_DEVICE void clear(
+      float (&sum)[2][64], const Arguments& a, const WgradPlan::Tile& tile, int thread) {
     const int64_t rows = a.f[0].grad.columns, columns = a.f[0].input.columns;
     const int lane = thread % warp_size;
     MOE_UNLEARN_UNROLL

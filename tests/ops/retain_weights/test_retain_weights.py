@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from moe_unlearn.ops import retain_weights, retain_weights_ref
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.retain_weights import _moments, _tilted_weights, moments, tilted_weights
+from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, in_layout, integers
 from tests.ops.retain_weights.cases import (
     EXACT,
@@ -133,8 +133,8 @@ def test_the_solver_on_these_passes(cap, impl):
 
 def test_opcheck():
     _, words, tilt = passes(20, 35)
-    opcheck(_moments, (words, tilt, 0.1, 2.0, "ref"))
-    opcheck(_tilted_weights, (words, tilt, 0.1, 2.0, "ref"))
+    opcheck(torch.ops.moe_unlearn.retain_weights_moments.default, (words, tilt, 0.1, 2.0, "ref"))
+    opcheck(torch.ops.moe_unlearn.retain_weights.default, (words, tilt, 0.1, 2.0, "ref"))
 
 
 # ---- The solver --------------------------------------------------------------------------------------------
