@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Breakage(NamedTuple):
-    """What is broken, and the text that stands once in the file and is replaced."""
+    """Names what is broken, and gives the text that stands once in the file with what replaces it."""
 
     kind: str
     text: str
