@@ -1,8 +1,6 @@
 """`python -m moe_unlearn`, which is `moe-unlearn`; `torchrun -m moe_unlearn` starts it on several ranks."""
 
-import sys
-
-from moe_unlearn.cli import main
+from moe_unlearn.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.distributed import DistributedConfig
 
 from benchmarks.journal import Journal, of_kind, read
+from moe_unlearn.cli.launch import end
 from moe_unlearn.model.states import decoder_layers
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.sharding import check_versions, whole
@@ -272,4 +273,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

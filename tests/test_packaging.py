@@ -16,7 +16,7 @@ def test_build_requirements_leave_torch_out():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert not any("torch" in r for r in project["build-system"]["requires"])
     assert project["project"]["license"] == "Apache-2.0"
-    assert project["project"]["scripts"] == {"moe-unlearn": "moe_unlearn.cli:main"}
+    assert project["project"]["scripts"] == {"moe-unlearn": "moe_unlearn.cli:program"}
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ schedulers of clusters set WORLD_SIZE for other purposes. `on_ranks` runs the co
 loads torch when its command does.
 """
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from moe_unlearn.errors import RankError
 
@@ -44,6 +46,22 @@ def launched(choose: Callable[[], Command]) -> int:
     except BrokenPipeError:
         drop_output()
         return BROKEN_PIPE
+
+
+def end(code: int) -> NoReturn:
+    """End this process, whose command has returned `code`, after what was registered to run at its exit.
+
+    A rank does not take its interpreter down. Threads of gloo ask for the interpreter's lock to drop the tensors of a
+    collective that is over, and one that waits for it then ends the process by SIGABRT (pytorch#190489); a group that
+    anything still refers to, as torch's modules and meshes do, keeps such threads after destroy_process_group.
+    """
+    if not _one_of_several():
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does before its exit functions
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_of_several() -> bool:

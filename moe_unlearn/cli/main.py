@@ -18,13 +18,13 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import moe_unlearn
 from moe_unlearn import progress
 from moe_unlearn.cli import options as of
 from moe_unlearn.cli import paths
-from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
+from moe_unlearn.cli.launch import REFUSED, Command, Outcome, end, launched
 from moe_unlearn.cli.parser import Parser, parsed
 from moe_unlearn.errors import (
     MissingLibraryError,
@@ -198,8 +198,13 @@ _BAD_INPUT = (
 )
 
 
+def program() -> NoReturn:
+    """Run the command line of this process, and end it: the console script, and `python -m moe_unlearn`."""
+    end(main())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, as the console script does, on one process or on ranks; return the exit code."""
+    """Run the command line on one process or on ranks; return the exit code."""
     return launched(partial(_chosen, arguments))
 
 

@@ -260,3 +260,11 @@ def test_the_module_is_what_torchrun_starts(folder):
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stdout.decode().count("experts selected in 2 layers") == 1
     assert read(folder / "module.json")["forget"]["tokens"] > 0
+
+
+def test_a_thread_that_waits_for_the_interpreter_lets_a_rank_end(folder):
+    command = ["stats", *arguments(folder), "--out", folder / "ended.json"]
+    ended = torchrun("tests.support.ending_child", *command)
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.stdout.decode().count("exit functions run") == 2
+    assert (folder / "ended.json").exists()
