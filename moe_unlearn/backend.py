@@ -90,7 +90,7 @@ def unusable(device_type: str) -> dict[tuple[str, str], list[str]]:
     """Return the kernels for `device_type` whose import fails, as {(impl, reason of the failure): names}."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in registered():
-        for impl in _candidates(name, device_type, _first(name, device_type)):
+        for impl in _candidates(name, device_type, None):
             if why := _why_not(name, impl):
                 found.setdefault((impl, why), []).append(name)
     return found

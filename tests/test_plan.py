@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 
+from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan.memory import measured_peak
@@ -315,6 +316,25 @@ def test_flops_are_those_of_the_products():
     heads = model.config.num_attention_heads
     scores = 2 * 2 * 2 * ROWS * heads * LENGTH * LENGTH * (HIDDEN // heads) * layers
     assert flops["attention"] == pytest.approx(3.5 * scores)
+
+
+@pytest.mark.parametrize(
+    "name, impl, trained, frozen",
+    [
+        ("graddiff", "triton", 4, 2),
+        ("kl_min", "triton", 5, 2.5),  # of kl six and three
+        ("graddiff", "cpu", 3, 2),
+        ("graddiff", "ref", 4, 3),
+    ],
+)
+def test_a_plan_says_how_often_a_loss_multiplies_rows_and_head(name, impl, trained, frozen, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, impl)
+    for form, products, scope in (
+        ("trained", trained, []),
+        ("frozen", frozen, ["scope.kind=parameters", "scope.parameters=['experts']"]),
+    ):
+        plan = UnlearnStep(tiny("olmoe"), made(name, *scope)).plan([batch(1)], [batch(2)])
+        assert plan.levers["head"] == f"{form}, a loss multiplies rows and head {products} times on average"
 
 
 @pytest.mark.quick

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import round_nearest, widen
+from moe_unlearn.triton_kernels.common import ceil_div, round_nearest, widen
 from moe_unlearn.triton_kernels.configs import OuterTile
 from moe_unlearn.triton_kernels.expert_wgrad_update import adamw_, sgd_
 from moe_unlearn.triton_kernels.grouped_outer import (
@@ -248,7 +248,7 @@ def _store(out: torch.Tensor, factors, experts, mask, tile: OuterTile, accumulat
     if tile.splits > 1:
         # tiles of one mask word a row
         rows, num_warps = configs.expert_wgrad_sum()
-        _sum_parts_kernel[(shape[0] * triton.cdiv(shape[1], rows) * triton.cdiv(shape[2], 32),)](
+        _sum_parts_kernel[(shape[0] * ceil_div(shape[1], rows) * ceil_div(shape[2], 32),)](
             out,
             strides,
             target,

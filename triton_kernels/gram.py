@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import as_slices, unpack_words, word_elements
+from moe_unlearn.triton_kernels.common import as_slices, ceil_div, unpack_words, word_elements
 
 _AT_ONCE = 4  # sets in one launch of `_products_kernel`
 _SIDE = 3  # sets on each side of `_factors_kernel`: registers hold nine products
@@ -51,9 +51,9 @@ def gram(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
         mask = as_slices(mask.contiguous().flatten() if flat else mask)
     slices = [as_slices(g.view(-1) if flat else g) for g in gradients]
     count, rows, columns = slices[0].shape
-    num_words = count * rows * triton.cdiv(columns, 32)
+    num_words = count * rows * ceil_div(columns, 32)
     config = configs.gram()
-    programs = min(config.programs, triton.cdiv(num_words, config.block_words))
+    programs = min(config.programs, ceil_div(num_words, config.block_words))
     partials = out.new_empty(m, m, programs)
     for numbers in _launches(m):
         chosen = [slices[i] for i in numbers]
@@ -96,7 +96,7 @@ def gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Te
     if num_rows == 0 or num_experts < 1:
         return out.zero_()
     config = configs.gram_factors(m)
-    programs = triton.cdiv(num_rows, config.rows) + min(num_rows, num_experts)
+    programs = ceil_div(num_rows, config.rows) + min(num_rows, num_experts)
     partials = out.new_empty(m, m, programs)
     numbers = [tuple(range(start, min(start + _SIDE, m))) for start in range(0, m, _SIDE)]
     for left, right in product(numbers, repeat=2):

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import as_slices, unpack_words, word_elements
+from moe_unlearn.triton_kernels.common import as_slices, ceil_div, unpack_words, word_elements
 from moe_unlearn.triton_kernels.packed_update import PACKED, launch_packed
 from moe_unlearn.triton_kernels.update_rules import (
     adamw_constants,
@@ -165,7 +165,7 @@ def _launch(param, grad, first, second, master, mask, slices, counter, scalars, 
     strides = [None if v is None else v.stride() for v in views]
     num_slices, rows, columns = views[1].shape
     config = configs.masked_update(tuple(views[1].shape), param.dtype, configs.architecture(param.device))
-    grid = (num_slices * triton.cdiv(rows * triton.cdiv(columns, 32), config.block_words),)
+    grid = (num_slices * ceil_div(rows * ceil_div(columns, 32), config.block_words),)
     _update_kernel[grid](
         *views,
         None if slices is None else slices.contiguous(),

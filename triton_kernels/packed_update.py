@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import as_slices, random_words, widen
+from moe_unlearn.triton_kernels.common import as_slices, ceil_div, random_words, widen
 from moe_unlearn.triton_kernels.update_rules import adamw_rule, round_weight, sgd_rule
 
 PACKED = torch.uint8
@@ -165,7 +165,7 @@ def launch_packed(param, grad, first, second, master, mask, slices, counter, sca
     num_slices, rows, columns = views[1].shape
     config = configs.masked_update(tuple(views[1].shape), param.dtype, configs.architecture(param.device))
     block = max(1, config.block_words * 32 // _SIZE)
-    grid = (num_slices * triton.cdiv(rows * triton.cdiv(columns, _SIZE), block),)
+    grid = (num_slices * ceil_div(rows * ceil_div(columns, _SIZE), block),)
     _packed_kernel[grid](
         *views[:2],
         first,

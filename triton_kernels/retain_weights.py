@@ -12,8 +12,7 @@ moments takes two launches. In the kernels a~ holds the 1 behind its S members, 
                      the tile sum_t free_t a~_i a~_j in registers; the pairs (0, j) also add sum_t w_t a~_j. One
                      pass over the words: the weights never reach memory. partial [chunks, n + 1, n], n = S + 1, the
                      last row for the first moments; tiles below the diagonal stay unwritten and unread.
-    _sum_kernel      grid (blocks of elements): adds the chunks in a fixed order, mirrors the triangle, moves the 1
-                     to the front.
+    _sum_kernel      grid (blocks of elements): adds chunks in a fixed order, mirrors the triangle, puts the 1 first.
 
 Workspace: 8 (n + 1) n bytes per chunk, at most 528 / pairs chunks (`configs.moments`): at most 8.1 MB for S up to 512.
 The results are deterministic: the chunks depend on the shape alone, every sum runs in a fixed order, no atomics.
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels.common import ceil_div
 
 WORD_BITS = tl.constexpr(32)
 
@@ -37,7 +37,7 @@ def retain_weights(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tens
     num_tokens, config = len(words), configs.retain_weights()
     weights = torch.empty(num_tokens, dtype=torch.float32, device=words.device)
     if num_tokens:
-        _weights_kernel[(triton.cdiv(num_tokens, config.block),)](
+        _weights_kernel[(ceil_div(num_tokens, config.block),)](
             words,
             tilt.contiguous(),
             weights,
@@ -61,7 +61,7 @@ def moments(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tenso
         return torch.empty(shape, dtype=torch.float64, device=words.device)
 
     partial, first, second = doubles(config.chunks, size + 1, size), doubles(size), doubles(size, size)
-    tiles = triton.cdiv(size, WORD_BITS.value)
+    tiles = ceil_div(size, WORD_BITS.value)
     _moments_kernel[tiles * (tiles + 1) // 2, config.chunks](
         words,
         tilt.contiguous(),
@@ -75,7 +75,7 @@ def moments(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tenso
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
-    _sum_kernel[(triton.cdiv((size + 1) * size, config.sum_block),)](
+    _sum_kernel[(ceil_div((size + 1) * size, config.sum_block),)](
         partial, first, second, config.chunks, size, BLOCK=config.sum_block, CHUNKS=config.sum_chunks, num_warps=4
     )
     return first, second

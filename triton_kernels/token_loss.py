@@ -13,10 +13,9 @@ rows that count (two for kl):
 `token_loss_kept` has the forward that computes the gradient of the hidden states too; the backward is in
 `token_loss_backward`. Splits fill the device where row tiles alone do not. They follow from shapes alone, so that bits
 do not depend on the device. Workspace: the gathered rows [T, H] (two of them for kl) and 12 * splits * T bytes (20 for
-kl), at most 47 MB for 8192 rows and 151,936 columns.
+kl), at most 47 MB for 8192 rows and 151,936 columns. Tiles come from `configs`; `chunk_rows` is for the reference.
 
 An error for labels outside [0, V) would have to wait for the device; the loss of such a row is NaN instead.
-`chunk_rows` is for the reference; tiles come from `configs`.
 """
 
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels.common import ceil_div
 from moe_unlearn.triton_kernels.grouped_matmul import column_slices
 from moe_unlearn.triton_kernels.token_loss_logits import (
     IGNORED,
@@ -109,7 +109,7 @@ def empty_results(hidden: Tensor) -> Results:
 
 def empty_partials(loss: Loss, config: configs.TokenLoss, num_rows: int) -> Tensor:
     """Allocate the numbers of each split: 5 for kl, else 3; [numbers, splits, rows]."""
-    splits = triton.cdiv(triton.cdiv(len(loss.head), config.logits.columns), config.tiles_per_split)
+    splits = ceil_div(ceil_div(len(loss.head), config.logits.columns), config.tiles_per_split)
     numbers = 5 if loss.kind == "kl" else 3
     return torch.empty(numbers, splits, num_rows, dtype=torch.float32, device=loss.head.device)
 
@@ -133,7 +133,7 @@ def fold(
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
     values, offset = (None, None) if kept is None else kept
     block = [tile.rows, tile.columns // config.slices]
-    _partials_kernel[(triton.cdiv(num_rows, tile.rows) * splits,)](
+    _partials_kernel[(ceil_div(num_rows, tile.rows) * splits,)](
         operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
         operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
         bias, labels, rows.index, rows.count, partials,
@@ -150,7 +150,7 @@ def fold(
 def merge(loss: Loss, rows: Rows, config: configs.TokenLoss, partials: Tensor, first: int, results: Results) -> None:
     """Fold `partials` into the results of their rows, from `first` on; rows that do not count come with the first."""
     (_, splits, span), (labels, weights), num_rows = partials.shape, (loss.labels, loss.weights), len(rows.slot)
-    _merge_kernel[(triton.cdiv(num_rows, config.merge_rows),)](
+    _merge_kernel[(ceil_div(num_rows, config.merge_rows),)](
         partials,
         rows.slot,
         labels,

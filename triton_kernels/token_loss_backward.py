@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import dot, round_nearest
+from moe_unlearn.triton_kernels.common import ceil_div, dot, round_nearest
 from moe_unlearn.triton_kernels.token_loss_logits import (
     Loss,
     Rows,
@@ -80,7 +80,7 @@ def token_loss_backward(
     chunk, tile = config.chunk, config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     dlogits = torch.empty(num_rows, chunk, dtype=dtype, device=hidden.device)
-    row_tiles = triton.cdiv(num_rows, tile.rows)
+    row_tiles = ceil_div(num_rows, tile.rows)
     column_sums = norm.new_empty(row_tiles, chunk) if needs_bias else None
     described = tile.descriptors
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
@@ -93,7 +93,7 @@ def token_loss_backward(
     sums = empty_sums(hidden, config, num_rows, config.splits) if needs_hidden else None
     for start in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - start)
-        _dlogits_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
+        _dlogits_kernel[(row_tiles * ceil_div(columns, tile.columns),)](
             *sources, bias, labels, weights, grad, value, norm, ref_norm, rows.index, rows.count,
             operand(dlogits, [tile.rows, tile.columns], described), column_sums,
             num_rows, start, columns, rows.hidden.stride(0), *head.stride(),
@@ -104,7 +104,7 @@ def token_loss_backward(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if needs_bias:
-            _bias_kernel[(triton.cdiv(columns, 128),)](
+            _bias_kernel[(ceil_div(columns, 128),)](
                 column_sums, rows.count, grad_bias, start, columns, CHUNK=chunk, ROWS=tile.rows, BLOCK=128, num_warps=4
             )
         if needs_head:
@@ -112,14 +112,14 @@ def token_loss_backward(
         if needs_hidden:
             add_hidden_sums(dlogits, head, rows, sums, config, config.splits, start, columns)
     if needs_hidden:
-        _scatter_kernel[(triton.cdiv(num_rows, 16),)](
+        _scatter_kernel[(ceil_div(num_rows, 16),)](
             sums,
             rows.slot,
             rows.count,
             grad_hidden,
             num_rows,
             HIDDEN=width,
-            WIDTH_TILES=triton.cdiv(width, config.grad_hidden.columns),
+            WIDTH_TILES=ceil_div(width, config.grad_hidden.columns),
             TILE_ROWS=config.grad_hidden.rows,
             SPLIT_TILES=config.split_tiles,
             SPLITS=config.splits,
@@ -132,7 +132,7 @@ def token_loss_backward(
 
 def _launch_scale(loss, grad, value, direction, grad_hidden, drop_zero_weights):
     labels, weights, (num_rows, width) = loss.labels, loss.weights, direction.shape
-    _scale_kernel[(triton.cdiv(num_rows, 16),)](
+    _scale_kernel[(ceil_div(num_rows, 16),)](
         direction, grad, labels, weights, value, grad_hidden, num_rows, grad.stride(0), labels.stride(0),
         0 if weights is None else weights.stride(0),
         KIND=loss.kind, DROPS=drop_zero_weights, HIDDEN=width, ROWS=16, COLUMNS=128, num_warps=4,
@@ -142,7 +142,7 @@ def _launch_scale(loss, grad, value, direction, grad_hidden, drop_zero_weights):
 def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
     num_rows, width = rows.hidden.shape
     described = tile.descriptors
-    _head_gradient_kernel[(triton.cdiv(columns, tile.rows) * triton.cdiv(width, tile.columns),)](
+    _head_gradient_kernel[(ceil_div(columns, tile.rows) * ceil_div(width, tile.columns),)](
         operand(dlogits, [tile.depth, tile.rows], described),
         operand(rows.hidden, [tile.depth, tile.columns], described),
         rows.count, grad_head, num_rows, start, columns, dlogits.stride(0), rows.hidden.stride(0),
@@ -154,8 +154,8 @@ def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
 def empty_sums(hidden: Tensor, config: configs.TokenLoss, num_rows: int, splits: int) -> Tensor:
     """Allocate the sums of `num_rows` rows, float32, in as many strips as they may be split into."""
     tile, width = config.grad_hidden, hidden.shape[1]
-    width_tiles = triton.cdiv(width, tile.columns)
-    tiles = triton.cdiv(num_rows, tile.rows) * width_tiles
+    width_tiles = ceil_div(width, tile.columns)
+    tiles = ceil_div(num_rows, tile.rows) * width_tiles
     tiles = max(tiles, min(tiles * splits, config.split_tiles))
     return torch.empty(tiles // max(width_tiles, 1) * tile.rows, width, dtype=torch.float32, device=hidden.device)
 
@@ -177,8 +177,8 @@ def add_hidden_sums(
     """
     tile, (vocabulary, width) = config.grad_hidden, head.shape
     described, num_rows = tile.descriptors, len(dlogits)
-    width_tiles = triton.cdiv(width, tile.columns)
-    tiles = triton.cdiv(num_rows, tile.rows) * width_tiles
+    width_tiles = ceil_div(width, tile.columns)
+    tiles = ceil_div(num_rows, tile.rows) * width_tiles
     _hidden_sums_kernel[(max(tiles, min(tiles * splits, config.split_tiles)),)](
         operand(dlogits, [tile.rows, tile.depth], described), operand(head, [tile.depth, tile.columns], described),
         rows.count, sums, num_rows, first, start, columns, dlogits.stride(0), *head.stride(),

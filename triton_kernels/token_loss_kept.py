@@ -48,7 +48,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import widen
+from moe_unlearn.triton_kernels.common import ceil_div, widen
 from moe_unlearn.triton_kernels.token_loss import (
     Kept,
     base_of,
@@ -123,7 +123,7 @@ def token_loss_kept(
             fold(loss, rows, config, partials, first, kept, peaks=results.norm[0])
             _launch_clear(loss, rows, gradient, first)
         add_hidden_sums(gradient, head, rows, sums, config, config.kept_splits, 0, len(head), first)
-        _direction_kernel[(triton.cdiv(num_rows, 16),)](
+        _direction_kernel[(ceil_div(num_rows, 16),)](
             sums,
             rows.slot,
             rows.count,
@@ -143,7 +143,7 @@ def token_loss_kept(
             HIDDEN=width,
             SCALE=scale,
             SOFTCAP=softcap,
-            WIDTH_TILES=triton.cdiv(width, config.grad_hidden.columns),
+            WIDTH_TILES=ceil_div(width, config.grad_hidden.columns),
             TILE_ROWS=config.grad_hidden.rows,
             SPLIT_TILES=config.split_tiles,
             SPLITS=config.kept_splits,
@@ -156,14 +156,14 @@ def token_loss_kept(
 
 def _empty_exponentials(loss: Loss, rows: Rows, config: configs.TokenLoss) -> Kept:
     """Allocate exponentials of a span of rows, whole tiles of columns wide, and compute what they are relative to."""
-    width = triton.cdiv(len(loss.head), config.logits.columns) * config.logits.columns
+    width = ceil_div(len(loss.head), config.logits.columns) * config.logits.columns
     values = torch.empty(config.kept_rows, width, dtype=rows.hidden.dtype, device=loss.head.device)
     return Kept(values, _label_logits(loss, rows))
 
 
 def _launch_clear(loss: Loss, rows: Rows, exponentials: Tensor, first: int) -> None:
     labels, span = loss.labels, len(exponentials)
-    _clear_kernel[(triton.cdiv(span, 16),)](
+    _clear_kernel[(ceil_div(span, 16),)](
         labels,
         rows.index,
         rows.count,
@@ -182,7 +182,7 @@ def _label_logits(loss: Loss, rows: Rows) -> Tensor:
     """Compute the logit of the label of each row that counts, [T] float32; other elements have no meaning."""
     head, bias, (num_rows, width) = loss.head, loss.bias, rows.hidden.shape
     offset = torch.empty(num_rows, dtype=torch.float32, device=head.device)
-    _offset_kernel[(triton.cdiv(num_rows, 16),)](
+    _offset_kernel[(ceil_div(num_rows, 16),)](
         rows.hidden,
         head,
         bias,

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import dot, round_nearest
+from moe_unlearn.triton_kernels.common import ceil_div, dot, round_nearest
 
 IGNORED = tl.constexpr(-100)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -76,8 +76,8 @@ def select_rows(
     def gather(source: Tensor) -> Tensor:
         width = source.shape[1]
         # descriptors need rows at a distance that is a multiple of 16 bytes
-        gathered = torch.empty(num_rows, triton.cdiv(width, 16) * 16, dtype=dtype, device=source.device)[:, :width]
-        _gather_kernel[(triton.cdiv(num_rows, 16),)](
+        gathered = torch.empty(num_rows, ceil_div(width, 16) * 16, dtype=dtype, device=source.device)[:, :width]
+        _gather_kernel[(ceil_div(num_rows, 16),)](
             source,
             index,
             count,

@@ -26,14 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import round_nearest, widen
+from moe_unlearn.triton_kernels.common import ceil_div, round_nearest, widen
 from moe_unlearn.triton_kernels.token_loss import Kept, Results
 from moe_unlearn.triton_kernels.token_loss_logits import Loss, Rows, cap_slope
 
 
 def empty_pairs(loss: Loss, config: configs.TokenLoss, dtype: torch.dtype) -> Kept:
     """Allocate the pairs of a span of rows, whole tiles of columns wide: `top` of all rows, then `difference`."""
-    tiles, device = triton.cdiv(len(loss.head), config.logits.columns), loss.head.device
+    tiles, device = ceil_div(len(loss.head), config.logits.columns), loss.head.device
     kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     values = torch.empty(2 * config.kept_rows, tiles * config.logits.columns, dtype=kept_dtype, device=device)
     return Kept(values, torch.empty(2, tiles, config.kept_rows, dtype=torch.float32, device=device))
@@ -44,7 +44,7 @@ def subtract(
 ) -> None:
     """Overwrite the first of each pair by dl/dz before the scale; `gradient` is the same memory in its dtype."""
     (_, tiles, span), num_rows = kept.offset.shape, len(rows.index)
-    _subtract_kernel[(triton.cdiv(span, 16), triton.cdiv(tiles, config.pair_tiles))](
+    _subtract_kernel[(ceil_div(span, 16), ceil_div(tiles, config.pair_tiles))](
         kept.values,
         gradient,
         kept.offset,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import as_slices, word_elements
+from moe_unlearn.triton_kernels.common import as_slices, ceil_div, word_elements
 
 _BINS = 1 << 16
 # 3.9 is the first version that is known to count in shared memory
@@ -206,7 +206,7 @@ def score_histogram(
     plain = sizes[1] % 32 == 0 and all(stride[2] == 1 for stride in strides)
     bins = configs.score_bins(weight.device) if _SHARED_BINS and digit == 0 and plain else None
     if bins is not None:
-        grid = (min(bins.programs, triton.cdiv(sizes[-1], bins.block_words)),)
+        grid = (min(bins.programs, ceil_div(sizes[-1], bins.block_words)),)
         _bins_kernel[grid](
             counts,
             *tensors,
@@ -219,7 +219,7 @@ def score_histogram(
         )
     else:
         config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
-        grid = (triton.cdiv(sizes[-1], config.block_words),)
+        grid = (ceil_div(sizes[-1], config.block_words),)
         _histogram_kernel[grid](
             counts,
             *tensors,
@@ -244,14 +244,14 @@ def score_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute (int32 words [..., ceil(n / 32)], int64 [] ties taken)."""
     tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
-    shape = (*weight.shape[:-1], triton.cdiv(weight.shape[-1], 32)) if weight.dim() else (1,)
+    shape = (*weight.shape[:-1], ceil_div(weight.shape[-1], 32)) if weight.dim() else (1,)
     words = torch.empty(shape, dtype=torch.int32, device=weight.device)
     taken = torch.zeros((), dtype=torch.int64, device=weight.device)
     if weight.numel():
         config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
-        blocks = triton.cdiv(sizes[-1], config.block_words)
-        blocks_per_span = triton.cdiv(blocks, config.num_spans)
-        grid = (triton.cdiv(blocks, blocks_per_span),)
+        blocks = ceil_div(sizes[-1], config.block_words)
+        blocks_per_span = ceil_div(blocks, config.num_spans)
+        grid = (ceil_div(blocks, blocks_per_span),)
         sizes = (*sizes, blocks_per_span)
         launch = {"BLOCK": config.block_words, "num_warps": config.num_warps}
         ties_in_span = None
@@ -278,4 +278,4 @@ def _sliced(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[int,
     """Return the tensors as [slices, rows, columns], their strides, and (rows, columns, number of mask words)."""
     views = [as_slices(t) for t in tensors]
     num_slices, rows, columns = views[0].shape
-    return views, [v.stride() for v in views], (rows, columns, num_slices * rows * triton.cdiv(columns, 32))
+    return views, [v.stride() for v in views], (rows, columns, num_slices * rows * ceil_div(columns, 32))

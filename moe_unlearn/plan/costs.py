@@ -49,6 +49,15 @@ def flops(function: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: obj
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
+def products(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> float:
+    """Count the matrix products in one operation whose products are of one size; 0 for all others."""
+    own = _COSTS.get(function._schema.name)
+    if own is None or own.product is None:
+        return 0.0
+    named = arguments(function, args, kwargs)
+    return own.flops(**named) / max(own.product(**named), 1.0)
+
+
 def workspace(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Return the most bytes that the kernel of one operation holds at a time of memory allocated inside it."""
     own = _COSTS.get(function._schema.name)

@@ -47,7 +47,8 @@ _INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlear
 class Rehearsal(TorchDispatchMode):
     """The mode described in the module docstring; `phase` is the component to which new allocations are counted.
 
-    flops, moved: per kernel, floating-point operations and bytes read and written, each operand once.
+    flops, moved: per kernel, floating-point operations and bytes read and written, each operand once. losses: how many
+    `token_loss` has computed, and `products` how many matrix products of hidden states and head these took.
     """
 
     def __init__(self, device: torch.device):
@@ -57,6 +58,7 @@ class Rehearsal(TorchDispatchMode):
         self.phase = "activations"
         self.flops: dict[str, int] = defaultdict(int)
         self.moved: dict[str, int] = defaultdict(int)
+        self.losses, self.products = 0, 0.0
         self._fake_mode = FakeTensorMode()
         self._watch = _watching
 
@@ -64,6 +66,7 @@ class Rehearsal(TorchDispatchMode):
         """Set the counts of floating-point operations and bytes to zero."""
         self.flops.clear()
         self.moved.clear()
+        self.losses, self.products = 0, 0.0
 
     def twin(self, value: Any, memo: dict[int, Any]) -> Any:
         """Return a deep copy of `value` whose floating-point tensors are fakes; `memo` is as in copy.deepcopy."""
@@ -173,6 +176,8 @@ class Rehearsal(TorchDispatchMode):
             return
         kernel = costs.kernel(function)
         self.flops[kernel] += costs.flops(function, args, kwargs, out)
+        self.losses += kernel == "token_loss"
+        self.products += costs.products(function, args, kwargs)
         self.moved[kernel] += sum(costs.nbytes(t) for t in (*tensors, *results))
         for tensor in results:
             if function is aten.add.Tensor and _summing(*args):

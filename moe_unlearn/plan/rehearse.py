@@ -126,7 +126,9 @@ def _counted(step: Step, setting: Setting) -> Counted:
             shadow.update()
             for tensors, component in _held(copied.optimizer):
                 ledger.label(tensors, component)
-    return Counted(ledger, rehearsal.flops, rehearsal.moved, {} if rank is None else rank.traffic)
+    traffic = {} if rank is None else rank.traffic
+    products = rehearsal.products / max(rehearsal.losses, 1)
+    return Counted(ledger, rehearsal.flops, rehearsal.moved, traffic, products)
 
 
 def _held(optimizer: MaskedSGD | MaskedAdamW) -> Iterator[tuple[list[Tensor], str]]:

@@ -36,6 +36,7 @@ class Rehearsed(NamedTuple):
     flops: dict[str, int]
     bytes: dict[str, int]
     traffic: dict[str, int]
+    products: float  # of hidden states and head, in each loss
 
 
 class Counted(NamedTuple):
@@ -45,11 +46,17 @@ class Counted(NamedTuple):
     flops: Mapping[str, int]
     bytes: Mapping[str, int]
     traffic: Mapping[str, int]
+    products: float
 
     def rehearsed(self) -> Rehearsed:
         """Return the counts of this depth itself."""
         return Rehearsed(
-            self.ledger.peak(), self.ledger.largest(), _some(self.flops), dict(self.bytes), _some(self.traffic)
+            self.ledger.peak(),
+            self.ledger.largest(),
+            _some(self.flops),
+            dict(self.bytes),
+            _some(self.traffic),
+            self.products,
         )
 
 
@@ -105,6 +112,7 @@ def extended(short: Counted, long: Counted, periods: int) -> Rehearsed:
         _some(line(short.flops, long.flops)),
         line(short.bytes, long.bytes),
         _some(line(short.traffic, long.traffic)),
+        long.products,
     )
 
 

@@ -12,8 +12,10 @@ class Cost(NamedTuple):
         sizes. Only what goes through torch's allocator counts: the C++ kernels keep some scratch per thread, of the
         size of a processor cache, outside of it.
     part: the name in `backend` whose chosen implementation `workspace` gets as `impl`; "" where there is one alone.
+    product: the floating-point operations of one of its matrix products, where all are of one size.
     """
 
     flops: Callable[..., float]
     workspace: Callable[..., float] | None = None
     part: str = ""
+    product: Callable[..., float] | None = None

@@ -73,6 +73,10 @@ def _head_flops(*, hidden: Tensor, head: Tensor, labels: Tensor, spare: Tensor, 
     return flops(rows, head.numel(), needs_head + again)
 
 
+def _product(*, labels: Tensor, head: Tensor, **_: object) -> float:
+    return flops(_counted_rows(labels), head.numel(), 1)
+
+
 def _forward_space(
     *,
     impl: str,
@@ -200,7 +204,7 @@ def _pairs(hidden: Tensor, head: Tensor) -> bool:
 
 
 COSTS = {
-    "token_loss": Cost(_forward_flops, _forward_space, "token_loss"),
-    "token_loss_backward": Cost(_backward_flops, _backward_space, "token_loss.backward"),
-    "token_loss_head_": Cost(_head_flops, _head_space),
+    "token_loss": Cost(_forward_flops, _forward_space, "token_loss", _product),
+    "token_loss_backward": Cost(_backward_flops, _backward_space, "token_loss.backward", _product),
+    "token_loss_head_": Cost(_head_flops, _head_space, product=_product),
 }
