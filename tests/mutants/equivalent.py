@@ -74,4 +74,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "for (int64_t i = 0; i < share_ && rest_ > 0; ++i) {",
         "for (int64_t i = 0; i < share_ ; ++i) {",
     ): "what is asked for ahead, even from beyond a matrix, changes no result",
+    (
+        "csrc/cuda/wgrad_factors.cuh",
+        "can_be_boxed",
+        "bool can_be_boxed() const { return !rows && height > 0 && columns > 0 && stride >= columns; }",
+        "bool can_be_boxed() const { return !rows && height > 1 && columns > 0 && stride >= columns; }",
+    ): "boxes are copied where a stage's 64 rows are all there, which one row never is",
 }
