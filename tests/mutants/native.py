@@ -35,6 +35,8 @@ EMULATED = {
     "expert_wgrad": "test_wgrad",
     "weight_score": "test_weight_score or test_ties_across",
 }
+# ops whose kernels the claims of another run too: its backward pass has their gradients
+BESIDE = {"expert_mlp": ("expert_wgrad",)}
 # sources of products that only some processors widen unless asked to
 WIDENED = ("widened_product", "widened_tile", "widened_vectors", "matmul", "expert_mlp", "expert_wgrad")
 
@@ -43,6 +45,7 @@ class Stage(NamedTuple):
     library: str
     op: str
     arguments: tuple[str, ...]
+    beside: tuple[str, ...] = ()  # other ops whose CUDA kernels the tests run
 
 
 def sources(folder: Path) -> list[Path]:
@@ -133,7 +136,7 @@ def stages(file: str) -> list[Stage]:
         emulated, cuda = str(TESTS / "test_cuda.py"), users(file, "cuda")
         for op in cuda:
             found.append(Stage("cuda", op, (emulated, "-k", EMULATED.get(op, f"test_{op}"))))
-            found.append(Stage("cuda", op, (*claims(op), "--impl=cuda")))
+            found.append(Stage("cuda", op, (*claims(op), "--impl=cuda"), BESIDE.get(op, ())))
         later += [Stage("cuda", op, (emulated, "-k", "test_launch_plans")) for op in cuda[:1]]
     return found + later
 
@@ -205,12 +208,12 @@ def build(folder: Path, stage: Stage) -> bool:
     if stage.library == "cpu":
         return _build_cpu(folder, stage.op, library)
     if not library.exists():
-        _build_emulation(folder, stage.op, library)
+        _build_emulation(folder, (stage.op, *stage.beside), library)
     return True
 
 
 def _library(folder: Path, stage: Stage) -> Path:
-    return folder / f"{stage.library}_{stage.op}.so"
+    return folder / f"{'_'.join((stage.library, stage.op, *stage.beside))}.so"
 
 
 def _build_cpu(folder: Path, op: str, library: Path) -> bool:
@@ -236,12 +239,12 @@ def _torch_libraries() -> list[str]:
     return [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
 
 
-def _build_emulation(folder: Path, op: str, library: Path) -> None:
-    """Build the emulation of one op: the bindings of the others are left out."""
+def _build_emulation(folder: Path, ops: tuple[str, ...], library: Path) -> None:
+    """Build the emulation of some ops: the bindings of the others are left out."""
     tool = importlib.import_module("tests.native.cuda")
     whole = (TESTS / "emulation.cpp").read_text(encoding="utf-8")
-    source = folder / f"{op}.cpp"
-    source.write_text(re.sub(rf'#include "cuda/(?!{op}\.)\w+\.cu"\n', "", whole), encoding="utf-8")
+    source = library.with_suffix(".cpp")
+    source.write_text(re.sub(rf'#include "cuda/(?!({"|".join(ops)})\.)\w+\.cu"\n', "", whole), encoding="utf-8")
     flags = [*FLAGS, f"-I{folder / 'csrc'}", "-DUSE_CUDA", '-DMOE_UNLEARN_EMULATION="emulation.h"', f"-I{TESTS}"]
     flags += ["-isystem", tool.cuda_include(), *_nvcc().torch_includes(), "-shared", "-Wl,-Bsymbolic"]
     flags += tool.BOUNDS

@@ -112,16 +112,14 @@ def verdict(family: Family, mutant: Mutant) -> dict:
 
 
 def verdicts(family: Family, mutants: list[Mutant], jobs: int = 1, unmutated: bool = True) -> list[dict]:
-    """Run the mutants in `jobs` processes; if `unmutated`, what killed one must let the kernels pass as they are."""
+    """Run the mutants in `jobs` processes; if `unmutated`, what may kill one must let the kernels pass as they are."""
     family.prepare()  # once: every mutant's process is a fork of this one
-    results = sorted(_shared(family, mutants, jobs), key=lambda r: (r["file"], r["line"], r["kind"], r["after"]))
-    kills = {family.stages(r["file"])[r["stage"] - 1] for r in results if r["result"] in ("killed", "timed out")}
-    for stage in sorted(kills) if unmutated else ():
+    for stage in sorted({s for m in mutants for s in family.stages(m.file)}) if unmutated else ():
         result, seconds = run(family, None, [stage])
         print(f"{' '.join(stage.arguments)}, as it is: {result} {seconds[0]} s", flush=True)
         if result != "survived":
             raise RuntimeError(f"the kernels fail these tests unmutated: {result}")
-    return results
+    return sorted(_shared(family, mutants, jobs), key=lambda r: (r["file"], r["line"], r["kind"], r["after"]))
 
 
 def _shared(family: Family, mutants: list[Mutant], jobs: int) -> Iterator[dict]:
