@@ -15,6 +15,7 @@ from moe_unlearn.prepare.rows import RowCache, values_of
 from moe_unlearn.prepare.stages import CHOOSING, prepare
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch, with_refusals
+from tests.support.impls import impl_of
 from tests.support.models import TINY_MODELS
 from tests.support.steps import made_of
 
@@ -319,22 +320,24 @@ def test_flops_are_those_of_the_products():
 
 
 @pytest.mark.parametrize(
-    "name, impl, trained, frozen",
+    "impl, name, products",
     [
-        ("graddiff", "triton", 4, 2),
-        ("kl_min", "triton", 5, 2.5),  # of kl six and three
-        ("graddiff", "cpu", 3, 2),
-        ("graddiff", "ref", 4, 3),
+        ("triton", "graddiff", 4),
+        ("triton", "trace", 2),  # the head is frozen
+        ("triton", "kl_min", 5),  # of kl six
+        ("cpu", "graddiff", 3),
+        ("cpu", "trace", 2),
+        ("ref", "graddiff", 4),
+        ("ref", "trace", 3),
+        ("ref", "rmu", None),
     ],
 )
-def test_a_plan_says_how_often_a_loss_multiplies_rows_and_head(name, impl, trained, frozen, monkeypatch):
+def test_a_plan_says_how_often_a_loss_multiplies_rows_and_head(impl, name, products, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, impl)
-    for form, products, scope in (
-        ("trained", trained, []),
-        ("frozen", frozen, ["scope.kind=parameters", "scope.parameters=['experts']"]),
-    ):
-        plan = UnlearnStep(tiny("olmoe"), made(name, *scope)).plan([batch(1)], [batch(2)])
-        assert plan.levers["head"] == f"{form}, a loss multiplies rows and head {products} times on average"
+    of_two_layers = ["scope.parameters=['experts']", "forget.layer=1"] if name == "rmu" else []
+    step = UnlearnStep(tiny("olmoe", device=impl_of(impl).device), made(name, *of_two_layers))
+    line = step.plan([batch(1)], [batch(2)]).levers.get("head")
+    assert line == (products and f"a loss multiplies rows and head {products} times on average")
 
 
 @pytest.mark.quick

@@ -51,9 +51,10 @@ def launched(choose: Callable[[], Command]) -> int:
 def end(code: int) -> NoReturn:
     """End this process, whose command has returned `code`, after what was registered to run at its exit.
 
-    A rank does not take its interpreter down. Threads of gloo ask for the interpreter's lock to drop the tensors of a
-    collective that is over, and one that waits for it then ends the process by SIGABRT (pytorch#190489); a group that
-    anything still refers to, as torch's modules and meshes do, keeps such threads after destroy_process_group.
+    A rank does not take its interpreter down. A thread of gloo asks for the interpreter's lock to drop the tensors of a
+    collective that is over, and one that still waits when the interpreter ends makes it end by SIGABRT
+    (pytorch#190489). A group that anything still refers to, as torch's modules and meshes do, keeps such threads after
+    destroy_process_group. So a rank runs no caller's `finally`, no finaliser of an open file and no exit function of C.
     """
     if not _one_of_several():
         sys.exit(code)

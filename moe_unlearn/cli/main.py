@@ -272,4 +272,4 @@ def _parser(only: str | None = None) -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

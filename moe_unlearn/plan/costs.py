@@ -50,7 +50,7 @@ def flops(function: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: obj
 
 
 def products(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> float:
-    """Count the matrix products in one operation whose products are of one size; 0 for all others."""
+    """Count the matrix products of an operation whose products are of one size; 0 for every other operation."""
     own = _COSTS.get(function._schema.name)
     if own is None or own.product is None:
         return 0.0

@@ -47,8 +47,8 @@ _INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlear
 class Rehearsal(TorchDispatchMode):
     """The mode described in the module docstring; `phase` is the component to which new allocations are counted.
 
-    flops, moved: per kernel, floating-point operations and bytes read and written, each operand once. losses: how many
-    `token_loss` has computed, and `products` how many matrix products of hidden states and head these took.
+    flops, moved: per kernel, floating-point operations and bytes read and written, each operand once. losses: how often
+    `token_loss` ran. products: how many matrix products of hidden states and head it took, its backward pass included.
     """
 
     def __init__(self, device: torch.device):

@@ -21,7 +21,6 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batch_sets import all_checked
 from moe_unlearn.model.batches import Batch
-from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.amounts import amount, scale
 from moe_unlearn.plan.dry_run import Rehearsal
@@ -236,9 +235,7 @@ def make_plan(
         made = rehearsed(step, shallow, Setting(mesh, device, batches, caches))
         plan.memory, plan.largest, plan.flops, plan.bytes = made.memory, made.largest, made.flops, made.bytes
         if made.products:
-            trains = any(p is head_of(view.model).weight for _, p in view.trained)
-            times = f"a loss multiplies rows and head {made.products:.3g} times on average"
-            plan.levers["head"] = f"{'trained' if trains else 'frozen'}, {times}"
+            plan.levers["head"] = f"a loss multiplies rows and head {made.products:.3g} times on average"
         plan.traffic = {cause: size * view.micro_batches for cause, size in made.traffic.items()}
     except (RuntimeError, TypeError) as error:
         # some wrappers cannot be copied, and torch's fakes do not know some operations

@@ -36,7 +36,7 @@ class Rehearsed(NamedTuple):
     flops: dict[str, int]
     bytes: dict[str, int]
     traffic: dict[str, int]
-    products: float  # of hidden states and head, in each loss
+    products: float  # of hidden states and head, of a loss on average
 
 
 class Counted(NamedTuple):
