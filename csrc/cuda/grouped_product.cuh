@@ -235,6 +235,7 @@ struct GroupedProduct {
       } else {
         for (int32_t i = 0; i < steps; ++i) {
           barriers.ring.wait_until_full(step + i);
+          group.sync_warp();  // or a lane sees the phase after the next, and waits for ever
           barriers.ring.release_at_all(step + i, lane, cluster);
         }
       }

@@ -39,9 +39,10 @@ _BOTH = (
     Breakage("nobody has the first turn", "if (self == 1) hopper::arrive(barriers.turn[0]);", ""),
 )
 _COUNT = "    count_tiles(group, a, ends, sums);\n"
-_WAIT_AND_RELEASE = """          barriers.ring.wait_until_full(step + i);
+_WITHOUT_ROWS = """          barriers.ring.wait_until_full(step + i);
+          group.sync_warp();  // or a lane sees the phase after the next, and waits for ever
           barriers.ring.release_at_all(step + i, lane, cluster);
-"""
+""".splitlines(keepends=True)
 
 BREAKAGES: dict[str, tuple[Breakage, ...]] = {
     "hopper.cuh": (
@@ -91,8 +92,9 @@ BREAKAGES: dict[str, tuple[Breakage, ...]] = {
         Breakage("blocks end alone", "    }\n    hopper::sync_cluster();\n#endif", "    }\n#endif"),
         Breakage("a turn's parity stays", "item / 2 & 1", "0"),
         Breakage("turns are not waited for", "      hopper::wait(barriers.turn[self], item / 2 & 1);\n", ""),
-        Breakage("a block without rows does not wait", _WAIT_AND_RELEASE.splitlines()[0] + "\n", ""),
-        Breakage("a block without rows does not release", _WAIT_AND_RELEASE.splitlines()[1] + "\n", ""),
+        Breakage("a block without rows does not wait", _WITHOUT_ROWS[0], ""),
+        Breakage("lanes without rows do not wait for one another", _WITHOUT_ROWS[1], ""),
+        Breakage("a block without rows does not release", _WITHOUT_ROWS[2], ""),
         Breakage(
             "a block without rows publishes nothing",
             "if (step >= lag) barriers.ring.publish",

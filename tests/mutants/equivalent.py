@@ -80,4 +80,22 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "bool can_be_boxed() const { return !rows && height > 0 && columns > 0 && stride >= columns; }",
         "bool can_be_boxed() const { return !rows && height > 1 && columns > 0 && stride >= columns; }",
     ): "boxes are copied where a stage's 64 rows are all there, which one row never is",
+    (
+        "csrc/cuda/expert_mlp.cuh",
+        "sum_slots",
+        "const int64_t chunks = a.tokens * (a.columns / chunk_size);",
+        "const int64_t chunks = a.tokens * (a.columns );",
+    ): "blocks behind the last chunk end at once",
+    (
+        "csrc/cuda/expert_mlp.cu",
+        "expert_mlp_backward",
+        "const SwiGlu gate{static_cast<float>(alpha), static_cast<float>(limit), static_cast<float>(shift)};",
+        "const SwiGlu gate{static_cast<float>(alpha), static_cast<float>(limit), (shift)};",
+    ): "the constructor makes the same float of a double",
+    (
+        "csrc/cuda/group.cuh",
+        "divide",
+        "if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);",
+        "if (((a | b) << 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);",
+    ): "no divisor is a multiple of 2^32, so that every quotient is made of 64 bits, which is slower alone",
 }
