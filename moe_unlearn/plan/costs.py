@@ -55,7 +55,8 @@ def products(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> fl
     if own is None or own.product is None:
         return 0.0
     named = arguments(function, args, kwargs)
-    return own.flops(**named) / max(own.product(**named), 1.0)
+    count: float = own.flops(**named) / max(own.product(**named), 1.0)
+    return count
 
 
 def workspace(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
